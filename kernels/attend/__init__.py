@@ -1,0 +1,150 @@
+"""Attention over the visible cells of a pattern: the one operation under every family."""
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kernels.attend import reference
+from kernels.patterns import Pattern
+from kernels.tiles import TileList
+
+__all__ = ["Implementation", "attend", "merge"]
+
+Implementation = Literal["auto", "reference"]
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    *,
+    scale: float | None = None,
+    documents: Tensor | None = None,
+    q_position: Tensor | None = None,
+    k_position: Tensor | None = None,
+    tiles: TileList | None = None,
+    out_dtype: torch.dtype | None = None,
+    implementation: Implementation = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Softmax attention of every query over the keys that ``pattern`` shows it.
+
+    Args:
+        q: queries ``(B, Hq, Lq, D)``, any strides.
+        k: keys ``(B, Hkv, Lk, D)``; ``Hq`` is a multiple of ``Hkv``, and ``Hq // Hkv`` neighbouring
+            query heads share one key head.
+        v: values ``(B, Hkv, Lk, Dv)``.
+        pattern: which keys are visible; evaluated per query head.
+        scale: factor of the scores, default ``1 / sqrt(D)``.
+        documents: ``(B, L)`` non-decreasing integers, with ``Lq == Lk == L``: tokens of different
+            documents do not see each other.
+        q_position: integers that broadcast to ``(B, Hq, Lq)``, default 0, 1, 2 ...: what the
+            pattern is evaluated at.
+        k_position: integers that broadcast to ``(B, Hkv, Lk)``, default 0, 1, 2 ...
+        tiles: with positions, required: the tiles, in storage order, outside of which nothing is
+            visible.
+        out_dtype: dtype of ``out``, default that of ``q``. Partial results that will be merged
+            should ask for float32.
+        implementation: ``"reference"``, or ``"auto"`` (the fastest one that is right here).
+
+    Returns:
+        ``out (B, Hq, Lq, Dv)`` and ``lse (B, Hq, Lq)``, the natural logarithm of the sum of the
+        exponentiated scores, float32 (float64 for float64 inputs). Both are differentiable. A
+        query with no visible key gets ``out = 0``, ``lse = -inf`` and zero gradients.
+
+    Raises:
+        ValueError: if shapes, dtypes, devices, positions or the implementation do not fit.
+
+    Source:
+        Online softmax and the backward pass of FlashAttention-2, Dao 2023, arXiv:2307.08691;
+        the gradient through ``lse`` joins there as ``dS = P (dP - (delta - dlse))``.
+    """
+    _check_inputs(q, k, v)
+    _check_positions(q, k, documents, q_position, k_position, tiles)
+    if implementation not in get_args(Implementation):
+        raise ValueError(
+            f"implementation must be one of {get_args(Implementation)}, got {implementation!r}."
+        )
+    mask = reference.Mask(
+        pattern, q.shape[1], q.shape[2], k.shape[2], q.device,
+        documents, q_position, k_position, tiles,
+    )  # fmt: skip
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return reference.attend(q, k, v, mask, scale, out_dtype or q.dtype)
+
+
+def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Combine attention of the same queries over disjoint sets of keys, exactly.
+
+    Args:
+        parts: pairs ``(out (B, H, L, Dv), lse (B, H, L))`` as ``attend`` gives them.
+
+    Returns:
+        ``(out, lse)`` as one call over all the keys would give, ``out`` in the widest dtype of the
+        parts; differentiable. Where no part has a visible key: ``out = 0`` and ``lse = -inf``.
+
+    Source:
+        The log-sum-exp identity, e.g. FlashAttention, Dao et al. 2022, arXiv:2205.14135, section 3.
+    """
+    lse = torch.stack([part_lse for _, part_lse in parts])
+    nothing = torch.isneginf(lse)
+    # A finite stand-in keeps the gradient of logsumexp finite where nothing is visible.
+    lowest = torch.finfo(lse.dtype).min / 2
+    total = torch.logsumexp(lse.masked_fill(nothing, lowest), dim=0)
+    weight = torch.exp(lse.masked_fill(nothing, float("-inf")) - total)
+    out = sum(out * w[..., None].to(out.dtype) for (out, _), w in zip(parts, weight, strict=True))
+    return out, total.masked_fill(nothing.all(dim=0), float("-inf"))
+
+
+def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if not q.dim() == k.dim() == v.dim() == 4:
+        raise ValueError(f"q, k and v must be (B, H, L, D), got {shapes}.")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"batch, key heads, key length and D must agree, got {shapes}.")
+    if min(q.shape) < 1 or min(k.shape) < 1 or min(v.shape) < 1:
+        raise ValueError(f"no dimension may be empty, got {shapes}.")
+    if q.shape[1] % k.shape[1]:
+        raise ValueError(
+            f"query heads must be a multiple of key heads, got {q.shape[1]} and {k.shape[1]}."
+        )
+    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+        raise ValueError(
+            f"q, k and v must share one floating-point dtype, got {q.dtype}, {k.dtype}, {v.dtype}; "
+            f"cast them before the call."
+        )
+    if not q.device == k.device == v.device:
+        raise ValueError(
+            f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}."
+        )
+
+
+def _check_positions(q, k, documents, q_position, k_position, tiles) -> None:
+    B, heads, queries = q.shape[:3]
+    keys = k.shape[2]
+    if documents is not None and (documents.shape != (B, queries) or queries != keys):
+        raise ValueError(
+            f"documents must be (B, L) with as many queries as keys, "
+            f"got {tuple(documents.shape)} for B={B}, {queries} queries and {keys} keys."
+        )
+    for name, position, shape in (
+        ("q_position", q_position, (B, heads, queries)),
+        ("k_position", k_position, (B, k.shape[1], keys)),
+    ):
+        if position is None:
+            continue
+        if position.dim() != 3 or any(
+            n not in (1, m) for n, m in zip(position.shape, shape, strict=True)
+        ):
+            raise ValueError(f"{name} must broadcast to {shape}, got {tuple(position.shape)}.")
+        if tiles is None:
+            raise ValueError(f"{name} needs `tiles` over the storage order, got tiles=None.")
+    if tiles is not None:
+        needed = tuple(-(-n // t) for n, t in zip((queries, keys), tiles.tile, strict=True))
+        if tiles.shape != needed or tiles.heads not in (1, heads):
+            raise ValueError(
+                f"tiles of {tiles.tile} over {queries} queries and {keys} keys must number "
+                f"{needed} for 1 or {heads} heads, got {tiles.shape} for {tiles.heads}."
+            )
