@@ -1,0 +1,1 @@
+"""Measures, likelihood of a split, generated samples, and pictures of patterns."""

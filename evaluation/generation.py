@@ -1,0 +1,62 @@
+"""Sampling text from a model, one token at a time."""
+
+import torch
+from torch import Tensor, nn
+
+PADDING = 128  # tokens: lengths are rounded up to a multiple, so that few differ
+
+
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    prompt: Tensor,
+    tokens: int,
+    *,
+    context: int = 1024,
+    temperature: float = 1.0,
+    top_p: float = 1.0,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """Continue ``prompt`` by ``tokens`` sampled tokens; computes the whole context at every step.
+
+    Args:
+        model: a causal model with ``vocab_size`` (the start id, put before the prompt).
+        prompt: token ids ``(1, P)``; P may be 0.
+        tokens: how many to sample.
+        context: tokens that the model looks back at, at most.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: sample from the smallest set of tokens with at least this probability.
+        generator: source of randomness, on the CPU.
+
+    Returns:
+        ``(1, P + tokens)`` int64, on the device of ``prompt``.
+
+    Raises:
+        ValueError: if ``temperature`` is negative or ``top_p`` is not in (0, 1].
+    """
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"sampling needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}."
+        )
+    device = next(model.parameters()).device
+    sequence = torch.cat((prompt.new_full((1, 1), model.vocab_size), prompt), dim=1).to(device)
+    for _ in range(tokens):
+        inputs = sequence[:, -context:]
+        last = inputs.shape[1] - 1
+        # No token sees the padding after it: the model is causal.
+        inputs = torch.nn.functional.pad(inputs, (0, -inputs.shape[1] % PADDING))
+        token = sample(model(inputs)[0, last].float().cpu(), temperature, top_p, generator)
+        sequence = torch.cat((sequence, token.to(device)[None]), dim=1)
+    return sequence[:, 1:].to(prompt.device)
+
+
+def sample(
+    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+) -> Tensor:
+    """Draw one token id ``(1,)`` from ``logits (vocab_size,)``."""
+    if temperature == 0:
+        return logits.argmax(keepdim=True)
+    probability, order = (logits / temperature).softmax(dim=-1).sort(descending=True)
+    # Keep each token whose more likely ones do not already reach top_p.
+    probability[probability.cumsum(dim=-1) - probability >= top_p] = 0
+    return order[torch.multinomial(probability, 1, generator=generator)]

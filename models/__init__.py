@@ -1,0 +1,1 @@
+"""The backbone, its embeddings and heads, and one file per family of attention."""

@@ -1,0 +1,55 @@
+"""The output head, and the loss it gives without holding all logits at once."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: bytes need no chunks up to 131,072 tokens
+
+
+class Head(nn.Module):
+    """Logits of the next token. Starts at zero: an untrained model is exactly uniform.
+
+    Args:
+        dim: width of the model.
+        vocab_size: number of tokens that can be predicted.
+        embedding: tie the weight to the first ``vocab_size`` rows of this embedding.
+    """
+
+    def __init__(self, dim: int, vocab_size: int, embedding: nn.Embedding | None = None):
+        super().__init__()
+        self.vocab_size = vocab_size
+        self.norm = nn.RMSNorm(dim)
+        tied = embedding is not None
+        self.weight = embedding.weight if tied else nn.Parameter(torch.zeros(vocab_size, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``(..., dim)`` -> logits ``(..., vocab_size)``."""
+        return F.linear(self.norm(x), self.weight[: self.vocab_size])
+
+    def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Negative log-likelihood of ``targets``, in nats.
+
+        Args:
+            x: hidden states ``(B, L, dim)``.
+            targets: ``(B, L)`` token ids; -1 is padding and not scored.
+
+        Returns:
+            The sum over the scored tokens (float64 scalar) and their number (int64 scalar).
+        """
+        x, targets = x.flatten(0, 1), targets.flatten()
+        tokens = max(LOGITS_AT_ONCE // self.vocab_size, 1)
+        if len(x) <= tokens:
+            nats = self.nats(x, targets).sum(dtype=torch.float64)
+        else:
+            chunks = zip(x.split(tokens), targets.split(tokens), strict=True)
+            nats = sum(
+                checkpoint(self.nats, *chunk, use_reentrant=False).sum(dtype=torch.float64)
+                for chunk in chunks
+            )
+        return nats, (targets >= 0).sum()
+
+    def nats(self, x: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of every target, ``(N, dim)`` and ``(N)`` -> ``(N)`` float32."""
+        return F.cross_entropy(self(x).float(), targets, ignore_index=-1, reduction="none")

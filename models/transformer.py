@@ -1,0 +1,145 @@
+"""The one backbone: pre-norm blocks whose attention comes from the config, layer by layer."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.patterns import Pattern
+from models.attention import Context
+from models.embeddings import rotary_tables
+from models.heads import Head
+
+
+class SwiGLU(nn.Module):
+    """``W_out (silu(W_gate x) * W_up x)``, starting at zero (Shazeer 2020, arXiv:2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.gate_and_up = nn.Linear(dim, 2 * hidden, bias=False)
+        self.out = nn.Linear(hidden, dim, bias=False)
+        nn.init.normal_(self.gate_and_up.weight, std=dim**-0.5)
+        nn.init.zeros_(self.out.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
+        return self.out(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; dropout on what is added."""
+
+    def __init__(self, dim: int, hidden: int, attention: nn.Module, dropout: float):
+        super().__init__()
+        self.attention_norm, self.feed_forward_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention = attention
+        self.feed_forward = SwiGLU(dim, hidden)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, context: Context) -> Tensor:
+        x = x + self.dropout(self.attention(self.attention_norm(x), context))
+        return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
+
+
+class Transformer(nn.Module):
+    """A decoder that predicts the next token.
+
+    Args:
+        vocab_size: number of tokens; the embedding has one more row, for the start id.
+        dim: width of the residual stream.
+        layers: number of blocks.
+        heads: attention heads; ``dim // heads`` is the size of a head.
+        attention: name -> constructor, called with ``(dim, heads, layer)``.
+        layout: names of ``attention``, one a layer, repeated to the depth.
+        hidden: width of the feed-forward layer; default ``8 / 3 dim``, rounded up to 64.
+        dropout: probability, on the embedding and on what each sublayer adds.
+        tied_head: the output head uses the token embedding.
+        rotary_base: longest wavelength of the rotary positions over 2 pi, in tokens.
+
+    Raises:
+        ValueError: if the head size is not whole and even, or ``layout`` names no attention.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        dim: int,
+        layers: int,
+        heads: int,
+        attention: Mapping[str, Callable[[int, int, int], nn.Module]],
+        layout: Sequence[str],
+        hidden: int | None = None,
+        dropout: float = 0.0,
+        tied_head: bool = False,
+        rotary_base: float = 10_000.0,
+    ):
+        super().__init__()
+        _check(dim, layers, heads, attention, layout)
+        self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
+        self.rotary_base = rotary_base
+        self.layout = [layout[n % len(layout)] for n in range(layers)]
+        hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else hidden
+        self.embedding = nn.Embedding(vocab_size + 1, dim)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(
+            Block(dim, hidden, attention[name](dim, heads, layer), dropout)
+            for layer, name in enumerate(self.layout)
+        )
+        self.head = Head(dim, vocab_size, self.embedding if tied_head else None)
+        # A tied embedding is also the head, which wants logits of order one.
+        nn.init.normal_(self.embedding.weight, std=dim**-0.5 if tied_head else 1.0)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
+        return self.head(self.hidden_states(tokens))
+
+    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Nats summed over ``targets (B, L)``, and how many were scored; -1 is not scored."""
+        return self.head.loss(self.hidden_states(tokens), targets)
+
+    def hidden_states(self, tokens: Tensor) -> Tensor:
+        """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
+        x = self.dropout(self.embedding(tokens))
+        rotary = rotary_tables(
+            tokens.shape[1], self.dim // self.heads, self.rotary_base, tokens.device
+        )
+        context = Context(rotary)
+        for block in self.blocks:
+            x = block(x, context)
+        return x
+
+    def patterns(self) -> dict[str, Pattern]:
+        """The pattern of each attention, by its name, at the first layer that has it."""
+        patterns: dict[str, Pattern] = {}
+        for name, block in zip(self.layout, self.blocks, strict=True):
+            patterns.setdefault(name, block.attention.pattern)
+        return patterns
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of one token, forward and backward, at this length.
+
+        6 per weight of a matrix product (2 forward, 4 backward), and 12 ``dim`` per visible key in
+        every layer (scores and weighted sum, 2 each forward, twice that backward); recomputation,
+        embeddings, norms and softmax are not counted. Layers of one name count as its first layer.
+        """
+        matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
+        keys = {name: p.keys_per_query(length) for name, p in self.patterns().items()}
+        attention = sum(12 * self.dim * keys[name] for name in self.layout)
+        return 6 * (matrices + self.dim * self.vocab_size) + attention
+
+
+def _check(dim, layers, heads, attention, layout) -> None:
+    if layers < 1 or heads < 1:
+        raise ValueError(f"layers and heads must be at least 1, got {layers} and {heads}.")
+    if dim % heads or dim // heads % 2:
+        raise ValueError(
+            f"dim must be an even multiple of heads (rotary positions turn pairs), got dim={dim} "
+            f"and heads={heads}; change `model.dim` or `model.heads`."
+        )
+    unknown = [name for name in layout if name not in attention]
+    if unknown or not layout:
+        raise ValueError(
+            f"layout must name attentions of {sorted(attention)}, got {list(layout)}; "
+            f"change `model.layout`."
+        )
