@@ -37,7 +37,8 @@ def assert_as_exact_as_torch(function, plain, inputs, cotangents, slack: float =
     """Fail if ``function`` is further from float64 truth than ``slack`` x plain torch is.
 
     The allowance comes from the data: the error that ``plain`` makes in the same dtype, and at
-    least one rounding of the largest number that comes out. Compared are the outputs and the gradient of every input.
+    least one rounding of the largest number that comes out. Compared are the outputs and the
+    gradient of every input.
     """
     truth = gradients(plain, [x.double() for x in inputs], *cotangents)
     baseline = gradients(plain, inputs, *cotangents)

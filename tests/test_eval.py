@@ -1,0 +1,116 @@
+"""eval.py as a user runs it: the table, the file, exact counts, distrust of strangers' files."""
+
+import json
+import os
+
+import pytest
+import torch
+import yaml
+
+from tests.commands import place, run, train
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    train(folder, "trainer.max_steps=20", "model.layers=1")
+    return folder
+
+
+def evaluate(folder, *arguments):
+    checkpoint = folder / "checkpoints" / "best.ckpt"
+    return run("eval.py", f"checkpoint={checkpoint}", place(folder)[1], *arguments)
+
+
+def test_the_table_and_the_file_say_the_same(folder):
+    result = evaluate(folder, "limit=5000", "context=64", "stride=32")
+    assert result.returncode == 0, result.stderr
+    saved = json.loads((folder / "evaluation.json").read_text())
+    assert saved["bytes_scored"] == 5000
+    assert saved["bytes_in_split"] == 207_720
+    assert (saved["context"], saved["stride"], saved["split"]) == (64, 32, "test")
+    assert saved["step"] == 20
+    assert 3 < saved["bits_per_byte"] < 8
+    for text in (f"{saved['bits_per_byte']:.4f}", "5,000 (the first of 207,720)", "enwik8-prefix"):
+        assert text in result.stdout, text
+
+
+def test_validation_here_equals_validation_in_training(folder):
+    evaluate(folder, "split=validation", "limit=1000", "context=64", "stride=64")
+    saved = json.loads((folder / "evaluation.json").read_text())
+    last = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    in_training = [m["val/bits_per_byte"] for m in last if "val/bits_per_byte" in m][-1]
+    # Both score the same 1,000 bytes; only the last window differs: here it is as long as others.
+    assert saved["bits_per_byte"] == pytest.approx(in_training, rel=0.01)
+
+
+def test_more_context_is_used(folder):
+    bits = []
+    for stride in (1, 64):
+        evaluate(folder, "limit=1500", "context=64", f"stride={stride}")
+        bits.append(json.loads((folder / "evaluation.json").read_text())["bits_per_byte"])
+    assert bits[0] != bits[1]
+
+
+def test_a_prompt_is_continued_the_same_way_each_time(folder):
+    arguments = ["limit=100", "prompt='Once upon a '", "sample_tokens=20"]
+    texts = [evaluate(folder, *arguments).stdout.split("\n\n")[-1] for _ in range(2)]
+    assert texts[0].startswith("Once upon a ")
+    assert texts[0] == texts[1]
+
+
+class Bomb:
+    def __init__(self, target):
+        self.target = target
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.target),)
+
+
+@pytest.mark.parametrize("script", ["eval.py", "train.py"])
+def test_a_checkpoint_with_code_in_it_is_refused_and_does_not_run(tmp_path, script):
+    hostile, target = tmp_path / "hostile.ckpt", tmp_path / "executed"
+    torch.save({"state_dict": {}, "config": "", "payload": Bomb(target)}, hostile)
+    key = "checkpoint" if script == "eval.py" else "resume"
+    result = run(script, f"{key}={hostile}", f"paths.output={tmp_path / 'run'}" if key == "resume"
+                 else "limit=1")  # fmt: skip
+    assert result.returncode == 2
+    assert "refused" in result.stderr
+    assert not target.exists()
+
+
+@pytest.mark.parametrize("target", ["os.system", "torch.load", "models.transformer.torch.load"])
+def test_a_config_that_names_anything_but_our_classes_is_refused(folder, tmp_path, target):
+    checkpoint = torch.load(folder / "checkpoints" / "best.ckpt", weights_only=True)
+    config = yaml.safe_load(checkpoint["config"])
+    config["model"]["attention"]["bigbird"]["_target_"] = target
+    checkpoint["config"] = yaml.safe_dump(config)
+    hostile = tmp_path / "hostile.ckpt"
+    torch.save(checkpoint, hostile)
+    result = run("eval.py", f"checkpoint={hostile}", place(folder)[1])
+    assert result.returncode == 2
+    assert "refused" in result.stderr
+    assert target in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["split=tset"], ["train, validation, test", "tset"]),
+        (["context=64", "stride=65"], ["stride=65", "context=64"]),
+        (["limit=0"], ["limit", "0"]),
+        (["data.path=/no/such"], ["/no/such"]),
+        (["precision=fp8", "limit=10"], ["fp8"]),
+        (["device=cuda", "limit=10"], ["device=cpu"]),
+    ],
+    ids=lambda value: " ".join(value),
+)
+def test_a_mistake_is_one_sentence(folder, arguments, words):
+    if "device=cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = evaluate(folder, *arguments)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert result.stderr.startswith("error: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr

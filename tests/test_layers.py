@@ -1,0 +1,75 @@
+"""The architecture: imports go one way, and Lightning stays where training is."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+MAY_IMPORT = {
+    "kernels": set(),
+    "models": {"kernels"},
+    "evaluation": {"kernels", "models"},
+    "training": {"kernels", "models", "evaluation"},
+    "data": set(),
+}
+LIBRARIES = {
+    "kernels": {"torch", "triton"},
+    "models": {"torch"},
+    "data": {"torch", "numpy", "lightning", "datasets", "sentencepiece", "tqdm"},
+}
+OURS = {*MAY_IMPORT, "train", "eval", "bench", "tests"}
+
+
+def imports(path: Path) -> set[str]:
+    """Top-level names of all that a file imports, wherever in the file."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module)
+    return {name.split(".")[0] for name in names}
+
+
+def files(package: str) -> list[Path]:
+    found = sorted((ROOT / package).rglob("*.py"))
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_a_package_imports_only_the_layers_below_it(package):
+    for path in files(package):
+        assert imports(path) & OURS <= MAY_IMPORT[package] | {package}, path
+
+
+@pytest.mark.parametrize("package", LIBRARIES)
+def test_the_lower_layers_need_few_libraries(package):
+    import sys
+
+    for path in files(package):
+        third_party = imports(path) - OURS - sys.stdlib_module_names
+        assert third_party <= LIBRARIES[package], path
+
+
+def test_lightning_is_imported_where_training_is():
+    for package in MAY_IMPORT:
+        for path in files(package):
+            allowed = package == "training" or path == ROOT / "data" / "module.py"
+            assert allowed or "lightning" not in imports(path), path
+
+
+@pytest.mark.parametrize("library", ["wandb", "tensorboard"])
+def test_loggers_that_need_an_account_or_a_package_are_imported_only_when_chosen(library):
+    import subprocess
+    import sys
+
+    code = f"import train, eval, training.loggers, sys; assert {library!r} not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_module_is_named_after_a_library(package):
+    taken = {"datasets", "triton", "torch", "lightning", "wandb", "hydra", "numpy", "types"}
+    assert not {path.stem for path in files(package)} & taken

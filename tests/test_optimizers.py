@@ -1,0 +1,107 @@
+"""AdamW, and Muon with AdamW as one optimizer."""
+
+import io
+from functools import partial
+
+import pytest
+import torch
+from torch.optim import AdamW, Muon
+
+from tests.tiny import TinyModel, rows
+from training import optimizers
+
+MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.05}
+ADAMW = {"lr": 3e-3, "betas": (0.9, 0.95), "weight_decay": 0.1, "eps": 1e-8}
+MAKERS = {
+    "adamw": partial(optimizers.adamw, **ADAMW),
+    "muon": partial(
+        optimizers.muon, **MUON, adamw_lr=3e-3, adamw_betas=(0.9, 0.95), adamw_eps=1e-8
+    ),
+}
+
+
+def train(model, optimizers, steps):
+    for step in steps:
+        batch = rows(4, seed=step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        model.loss(batch[:, :-1], batch[:, 1:])[0].backward()
+        for optimizer in optimizers:
+            optimizer.step()
+
+
+def assert_equal_parameters(model, other):
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name
+
+
+def test_adamw_decays_matrices_but_neither_embeddings_nor_vectors():
+    model = TinyModel()
+    decay = {
+        id(p): group["weight_decay"]
+        for group in MAKERS["adamw"](model).param_groups
+        for p in group["params"]
+    }
+    decayed = {name for name, p in model.named_parameters() if decay[id(p)] == 0.1}
+    assert decayed == {"blocks.0.1.weight", "blocks.1.1.weight", "head.weight"}
+    assert len(decay) == len(list(model.parameters()))
+
+
+def test_muon_moves_as_torchs_two_optimizers_do_by_hand():
+    model, twin = TinyModel(), TinyModel()
+    matrices = [p for block in twin.blocks for p in block.parameters() if p.dim() == 2]
+    rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
+    by_hand = [
+        Muon(matrices, **MUON, nesterov=True, adjust_lr_fn="original"),
+        AdamW(rest, **ADAMW | {"weight_decay": 0.0}),
+    ]
+    train(model, [MAKERS["muon"](model)], range(5))
+    train(twin, by_hand, range(5))
+    assert len(matrices) == 2
+    assert_equal_parameters(model, twin)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_saved_and_loaded_halfway_it_ends_where_an_uninterrupted_run_does(make):
+    model = TinyModel()
+    train(model, [make(model)], range(6))
+
+    first, second = TinyModel(), TinyModel()
+    optimizer = make(first)
+    train(first, [optimizer], range(3))
+    file = io.BytesIO()
+    torch.save([first.state_dict(), optimizer.state_dict()], file)
+    file.seek(0)
+    weights, state = torch.load(file, weights_only=True)
+    second.load_state_dict(weights)
+    optimizer = make(second)
+    optimizer.load_state_dict(state)
+    train(second, [optimizer], range(3, 6))
+    assert_equal_parameters(model, second)
+
+
+@pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
+def test_a_rate_of_zero_stops_all_parameters_also_after_loading(make):
+    model = TinyModel()
+    optimizer = make(model)
+    train(model, [optimizer], range(2))
+    optimizer.load_state_dict(optimizer.state_dict())
+    before = [p.clone() for p in model.parameters()]
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    train(model, [optimizer], range(2, 4))
+    assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
+
+
+def test_muon_runs_the_closure_that_lightning_gives_it():
+    model = TinyModel()
+    batch = rows(4, seed=0)
+    optimizer = MAKERS["muon"](model)
+
+    def closure():
+        loss = model.loss(batch[:, :-1], batch[:, 1:])[0]
+        loss.backward()
+        return loss
+
+    first, second = optimizer.step(closure), optimizer.step(closure)
+    assert second < first

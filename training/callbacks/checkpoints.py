@@ -1,0 +1,79 @@
+"""When checkpoints are written: `last.ckpt` to continue a run, `best.ckpt` to use its model."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import Tensor
+
+
+class Checkpoints(L.Callback):
+    """Writes `checkpoints/last.ckpt` and `checkpoints/best.ckpt` of a run.
+
+    `last` is written every ``every_steps`` optimizer steps, after each validation, and when the
+    run is stopped; `best` when ``val/bits_per_byte`` is lower than ever before. Both hold all that
+    resuming needs and, under ``config``, the run's configuration as text. Nothing is written
+    between two micro-batches of one step, whose accumulated gradients no checkpoint holds.
+
+    List this callback last: a checkpoint holds the state of the others after their own step.
+
+    Args:
+        output: the run's folder, with its `config.yaml`.
+        every_steps: optimizer steps between two saves.
+    """
+
+    def __init__(self, output: str, every_steps: int):
+        if every_steps < 1:
+            raise ValueError(
+                f"callbacks.checkpoints.every_steps must be at least 1, got {every_steps}."
+            )
+        self.config = Path(output) / "config.yaml"
+        self.last = Path(output) / "checkpoints" / "last.ckpt"
+        self.best = Path(output) / "checkpoints" / "best.ckpt"
+        self.every_steps = every_steps
+        self.lowest = math.inf
+        self.saved_step = -1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Tensor, index: int
+    ) -> None:
+        due = trainer.global_step % self.every_steps == 0 or trainer.should_stop
+        if due and at_step_boundary(trainer, index):
+            self._save_last(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if trainer.global_step == 0:
+            return  # nothing has been learned yet
+        bits_per_byte = trainer.callback_metrics["val/bits_per_byte"].item()
+        if bits_per_byte < self.lowest:
+            self.lowest = bits_per_byte
+            trainer.save_checkpoint(self.best)
+        self._save_last(trainer)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        # Data never end, so this is the end of training; and `on_train_end` would be too late,
+        # because weight averaging has overwritten the weights by then.
+        self._save_last(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        if trainer.is_global_zero:  # the only process that writes; others may not see the folder
+            checkpoint["config"] = self.config.read_text()
+
+    def state_dict(self) -> dict[str, float]:
+        return {"lowest": self.lowest}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        self.lowest = state["lowest"]
+
+    def _save_last(self, trainer: L.Trainer) -> None:
+        if self.saved_step != trainer.global_step:
+            trainer.save_checkpoint(self.last)
+            self.saved_step = trainer.global_step
+
+
+def at_step_boundary(trainer: L.Trainer, index: int) -> bool:
+    """Whether micro-batch ``index``, just finished, completed an optimizer step."""
+    return (index + 1) % trainer.accumulate_grad_batches == 0

@@ -1,0 +1,65 @@
+"""Ctrl-C, SIGTERM and SIGUSR1: finish the optimizer step, save, and leave."""
+
+import logging
+import os
+import signal
+from types import FrameType
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from training.callbacks.checkpoints import at_step_boundary
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+class Interruption(L.Callback):
+    """Stops the run at the next optimizer step after a signal to any of its processes.
+
+    A handler may run in the middle of anything, so it only takes note. The step boundary is where
+    all processes learn of it, `Checkpoints` saves, and training ends as if its budget were spent.
+    Impatience is served: a second Ctrl-C raises `KeyboardInterrupt` at once.
+
+    List this callback before `checkpoints`, which saves in the same hook.
+
+    Attributes:
+        signal_received: number of the signal that stopped the run, the same in all processes, or
+            None. A program ended by it should leave with status 128 + that number.
+    """
+
+    def __init__(self) -> None:
+        self.signal_received: int | None = None
+
+    def on_train_start(self, *_: Any) -> None:
+        # Lightning has put its own SIGTERM handler in place by now, which would end the run
+        # without a checkpoint. When it tears down, it restores what was there before both.
+        for number in SIGNALS:
+            signal.signal(number, self._take_note)
+
+    on_validation_start = on_train_start  # a validation may come before the first step
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Tensor, index: int
+    ) -> None:
+        if not at_step_boundary(trainer, index):
+            return
+        number = torch.tensor(self.signal_received or 0, device=trainer.strategy.root_device)
+        number = int(trainer.strategy.reduce(number, reduce_op="max"))
+        if number:
+            self.signal_received = number
+            trainer.should_stop = True
+            if trainer.is_global_zero:
+                logging.getLogger("strider").warning(
+                    "%s: saving after step %d and stopping",
+                    signal.Signals(number).name,
+                    trainer.global_step,
+                )
+
+    def _take_note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal_received is not None:
+            raise KeyboardInterrupt
+        self.signal_received = number
+        # Neither logging nor print may be entered again from a handler.
+        os.write(2, b"\nstopping after this step; Ctrl-C again stops at once, without saving\n")

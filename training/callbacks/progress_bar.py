@@ -1,0 +1,78 @@
+"""What the user sees of a run: a bar on a terminal, plain lines anywhere else."""
+
+import logging
+import math
+import sys
+from contextlib import ExitStack
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from training.progress import Budget
+
+log = logging.getLogger("strider")
+
+BAR = "{percentage:5.1f} % |{bar:20}| {postfix}"
+
+
+class ProgressBar(L.Callback):
+    """Share of the run done, loss, bits per byte, tokens a second and time left.
+
+    A bar if standard error is a terminal; else one line of the logger "strider" each time that
+    metrics are logged. Results of a validation are a line in both cases.
+    """
+
+    def __init__(self):
+        self._open = ExitStack()  # the bar, and what sends log lines past it
+        self._bar: tqdm | None = None
+
+    @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._budget = Budget.of(trainer)
+        self._step = trainer.global_step
+        self._start = self._budget.progress, self._budget.clock.seconds
+        if sys.stderr.isatty():
+            self._bar = self._open.enter_context(
+                tqdm(total=100, initial=100 * self._budget.progress, bar_format=BAR, leave=True)
+            )
+            self._open.enter_context(logging_redirect_tqdm())
+
+    @rank_zero_only
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step == self._step:
+            return
+        self._step = trainer.global_step
+        text = self._describe(trainer.callback_metrics)
+        if self._bar is not None:
+            self._bar.set_postfix_str(text, refresh=False)
+            self._bar.update(100 * self._budget.progress - self._bar.n)
+        elif self._step % trainer.log_every_n_steps == 0:
+            log.info("step %d · %.1f %% · %s", self._step, 100 * self._budget.progress, text)
+
+    @rank_zero_only
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        bits = trainer.callback_metrics["val/bits_per_byte"].item()
+        log.info("step %d · validation: %.4f bits per byte", trainer.global_step, bits)
+
+    def teardown(self, *_, **__) -> None:
+        self._open.close()
+
+    def on_exception(self, *_) -> None:
+        self._open.close()
+
+    def _describe(self, metrics: dict) -> str:
+        shown = [
+            ("train/loss_nats", "loss {:.4f} nats"),
+            ("train/bits_per_byte", "{:.4f} bits per byte"),
+            ("tokens_per_second", "{:,.0f} tokens/s"),
+        ]
+        known = [text.format(metrics[key].item()) for key, text in shown if key in metrics]
+        return " · ".join([*known, f"{tqdm.format_interval(self._seconds_left())} left"])
+
+    def _seconds_left(self) -> int:
+        progress, seconds = self._start
+        done = self._budget.progress - progress
+        spent = self._budget.clock.seconds - seconds
+        return math.ceil(spent * (1 - self._budget.progress) / done)

@@ -1,0 +1,68 @@
+"""What a run is about to train, and where it left what it trained."""
+
+import logging
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+
+log = logging.getLogger("strider")
+
+
+class Summary(L.Callback):
+    """Says at the start what is trained on what, and at the end where the result is.
+
+    Args:
+        output: the run's folder.
+    """
+
+    def __init__(self, output: str):
+        self.output = Path(output)
+        self.trained = False
+
+    @rank_zero_only
+    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        model, data = task.model, trainer.datamodule
+        log.info("run %s", self.output)
+        log.info(
+            "model: %d layers of %s, dim %d, %d heads, %s parameters",
+            model.layers,
+            " and ".join(model.patterns()),
+            model.dim,
+            model.heads,
+            f"{sum(p.numel() for p in model.parameters()):,}",
+        )
+        causal = (data.length + 1) / 2
+        for name, pattern in model.patterns().items():
+            keys = pattern.keys_per_query(data.length)
+            log.info(
+                "%s: a token sees %.0f of %.0f causal keys (%.1f %%): %s",
+                name,
+                keys,
+                causal,
+                100 * keys / causal,
+                pattern,
+            )
+        log.info(
+            "data: %s, windows of %s tokens, %s tokens a step: devices %d x passes %d x tokens %s",
+            data.name,
+            f"{data.length:,}",
+            f"{data.tokens_per_step:,}",
+            trainer.world_size,
+            passes := trainer.accumulate_grad_batches,
+            f"{data.tokens_per_step // (trainer.world_size * passes):,}",
+        )
+
+    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        self.trained = True
+
+    @rank_zero_only
+    def on_fit_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if not self.trained:
+            log.info(
+                "this run was finished before; to go on, raise trainer.max_steps and set resume=%s",
+                self.output / "checkpoints" / "last.ckpt",
+            )
+        best = self.output / "checkpoints" / "best.ckpt"
+        if best.exists():
+            log.info("evaluate it with: python eval.py checkpoint=%s", best)

@@ -1,0 +1,95 @@
+"""A mistake of the user, found before training begins, is one sentence and not a traceback."""
+
+import difflib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import lightning as L
+from hydra.errors import InstantiationException
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from omegaconf.errors import OmegaConfBaseException
+
+USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, MisconfigurationException)
+EXIT_STATUS = 2
+OUR_PACKAGES = {"kernels", "models", "evaluation", "training", "data"}
+
+
+class UserErrors(L.Callback):
+    """Turns errors in its ``with`` block into ``error: ...`` on stderr and exit status 2.
+
+    As a callback of the trainer it learns when the first training step begins: from then on, and
+    always under HYDRA_FULL_ERROR=1, errors keep their traceback.
+
+    Example::
+
+        with UserErrors() as errors:
+            trainer = make_trainer(callbacks=[..., errors])
+            trainer.fit(...)
+    """
+
+    def __init__(self) -> None:
+        self.training_began = False
+
+    def __enter__(self) -> "UserErrors":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.training_began or os.environ.get("HYDRA_FULL_ERROR") == "1":
+            return
+        if sentence := one_sentence(error):
+            print(f"error: {sentence}", file=sys.stderr)
+            sys.exit(EXIT_STATUS)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        self.training_began = True
+
+
+def one_sentence(error: BaseException | None) -> str | None:
+    """What to tell the user about ``error``, or None if it is not about anything they gave."""
+    while isinstance(error, InstantiationException) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, TypeError):
+        return _unknown_key(str(error))
+    if isinstance(error, OSError) and error.strerror:
+        where = f": {error.filename}" if error.filename else ""
+        return f"{error.strerror}{where}"
+    if isinstance(error, (*USER_ERRORS, InstantiationException)):
+        return " ".join(str(error).split())
+    return None
+
+
+def _unknown_key(message: str) -> str | None:
+    """A sentence for a key of the configuration that one of our constructors does not take."""
+    match = re.match(
+        r"([\w.]+?)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", message
+    )
+    target = match and _ours(match[1])
+    if not target:
+        return None
+    keys = list(inspect.signature(target).parameters)
+    close = difflib.get_close_matches(match[2], keys, n=1)
+    hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(keys)}."
+    return f"{match[1]} has no key `{match[2]}`; {hint}"
+
+
+def _ours(name: str) -> Callable[..., Any] | None:
+    """The class or function called ``name`` that is defined in a module of ours."""
+    for path, module in list(sys.modules.items()):
+        found = vars(module).get(name) if _is_ours(path) else None
+        if callable(found) and _is_ours(found.__module__):
+            return found
+    return None
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] in OUR_PACKAGES

@@ -1,0 +1,160 @@
+"""The LightningModule: a model, its objective, and what happens at an optimizer step."""
+
+from collections.abc import Callable
+
+import lightning as L
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.optim import Optimizer
+
+from evaluation.measures import bits_per_byte
+from training.objectives import next_token
+from training.progress import Budget, count_batches_from_steps
+
+MAX_SKIPPED_IN_A_ROW = 10
+
+
+class SequenceTask(L.LightningModule):
+    """Learns to predict the next token. Batches are ``(B, L + 1)`` token ids.
+
+    The loss that is optimised is in nats per token; ``train/loss_nats`` and ``train/bits_per_byte``
+    are means over all tokens of an optimizer step, over accumulated micro-batches and ranks.
+    A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
+
+    Args:
+        model: has ``loss(inputs, targets) -> (nats, count)``.
+        optimizer: makes the optimizer from the model; its learning rates are the peak rates.
+        schedule: ``(step, progress) -> factor`` of the peak rates.
+        seed: what dropout draws depends on this, the step, the micro-batch and the rank alone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Callable[[nn.Module], Optimizer],
+        schedule: Callable[[int, float], float],
+        seed: int,
+    ):
+        super().__init__()
+        self.model = model
+        self._make_optimizer = optimizer
+        self._schedule = schedule
+        self._seed = seed
+        self._micro_batches: list[Tensor] = []  # (nats, count) of those of the current step
+        self._skipped_steps = self._skipped_in_a_row = 0
+
+    @property
+    def budget(self) -> Budget:
+        return Budget.of(self.trainer)
+
+    def configure_optimizers(self) -> Optimizer:
+        self._schedule(0, 0.0)  # a wrong setting shows before the first step
+        optimizer = self._make_optimizer(self.model)
+        # Peak rates are kept here, not in the optimizer's state: after a resume the config's count.
+        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
+        return optimizer
+
+    # Training
+
+    def on_train_start(self) -> None:
+        self.budget.clock.start()
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        self._seed_generators()
+        nats, count = next_token(self.model, batch)
+        self._micro_batches.append(_sums(nats, count))
+        return nats / count
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        factor = self._schedule(self.trainer.global_step, self.budget.progress)
+        for group, peak in zip(optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = peak * factor
+
+    def configure_gradient_clipping(
+        self, optimizer: Optimizer, gradient_clip_val: float | None, *_, **__
+    ) -> None:
+        norm = self._clip_or_drop_gradients(gradient_clip_val)
+        step = self.trainer.global_step + 1  # the n-th step is logged at n, as a validation after n
+        if step % self.trainer.log_every_n_steps == 0:
+            self._log_step(step, norm, optimizer.param_groups[0]["lr"])
+        self._micro_batches.clear()
+
+    def on_train_batch_end(self, *_) -> None:
+        self.budget.clock.start()
+
+    def _seed_generators(self) -> None:
+        """Make what is drawn a pure function of the place in the run: there is no state to save."""
+        place = (self.trainer.global_step, len(self._micro_batches), self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence((self._seed, *place)).generate_state(1)[0]))
+
+    def _clip_or_drop_gradients(self, limit: float | None) -> float:
+        """Clip the gradients and return their norm before; if it is not finite, drop them.
+
+        Optimizers pass over a parameter without a gradient: not even decay or momentum move it.
+        The gradients are already averaged over ranks, so all ranks decide alike.
+        """
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        total = get_total_norm([p.grad for p in parameters])
+        norm = total.item()
+        if np.isfinite(norm):
+            self._skipped_in_a_row = 0
+            if limit is not None:
+                clip_grads_with_norm_(parameters, limit, total)
+            return norm
+        self.zero_grad(set_to_none=True)
+        self._skipped_steps += 1
+        self._skipped_in_a_row += 1
+        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise FloatingPointError(
+                f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, "
+                f"last at step {self.trainer.global_step + 1} with norm {norm}; lower "
+                f"`optimizer.lr` or resume from an earlier checkpoint."
+            )
+        return norm
+
+    def _log_step(self, step: int, norm: float, rate: float) -> None:
+        sums = self.trainer.strategy.reduce(sum(self._micro_batches), reduce_op="sum")
+        nats, count = sums.tolist()
+        self.log_dict(
+            {
+                "step": float(step),  # Lightning takes it as the x axis
+                "train/loss_nats": nats / count,
+                "train/bits_per_byte": bits_per_byte(nats, int(count)),
+                "train/gradient_norm": norm,
+                "train/learning_rate": rate,
+                "train/skipped_steps": float(self._skipped_steps),
+            }
+        )
+
+    # Validation
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+
+    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
+        self._validation += _sums(*next_token(self.model, batch))
+
+    def on_validation_epoch_end(self) -> None:
+        nats, count = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
+        self.log_dict(
+            {
+                "step": float(self.trainer.global_step),
+                "val/bits_per_byte": bits_per_byte(nats, int(count)),
+            }
+        )
+
+    # Checkpoints
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["skipped_steps"] = [self._skipped_steps, self._skipped_in_a_row]
+
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        self._skipped_steps, self._skipped_in_a_row = checkpoint["skipped_steps"]
+        count_batches_from_steps(checkpoint, self.trainer.accumulate_grad_batches)
+
+
+def _sums(nats: Tensor, count: Tensor) -> Tensor:
+    """(nats, count) as one float64 tensor: a sum over many batches loses nothing."""
+    return torch.stack([nats.detach().double(), count.double()])

@@ -1,0 +1,149 @@
+"""The Lightning Trainer of a run, made from what a user chooses in the config."""
+
+import logging
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.utilities import rank_zero_only
+
+from training.callbacks.compilation import Compilation
+from training.callbacks.validation import Validation
+from training.checkpoint import AtomicCheckpointIO
+from training.progress import Budget
+
+log = logging.getLogger("strider")
+
+PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
+
+
+def make_trainer(
+    *,
+    output: str | Path,
+    callbacks: Sequence[L.Callback],
+    loggers: Sequence[Logger],
+    accelerator: str,
+    devices: int | str,
+    nodes: int,
+    strategy: str | Strategy,
+    precision: str | None,
+    max_steps: int | None,
+    max_minutes: float | None,
+    validate_every: int | None,
+    log_every: int,
+    gradient_clip: float | None,
+    compile: bool,
+) -> L.Trainer:
+    """Make a Trainer that does what is asked and nothing on its own account.
+
+    Args:
+        output: the run's folder.
+        callbacks: those beside the budget, the validation and the compilation, which are made here.
+        loggers: get every metric that is logged.
+        accelerator: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"gpu"``.
+        devices: how many on each node; ``"auto"`` is all GPUs, or one CPU process.
+        nodes: how many machines.
+        strategy: a name that Lightning knows, or an object.
+        precision: ``"32-true"``, ``"bf16-mixed"``, ``"bf16-true"``; None: bf16-mixed on a GPU,
+            32-true on a CPU.
+        max_steps, max_minutes: see ``Budget``.
+        validate_every: see ``Validation``.
+        log_every: optimizer steps between logged metrics.
+        gradient_clip: largest norm of the gradient over all parameters; None: no limit.
+        compile: compile the model's blocks.
+
+    Raises:
+        ValueError: if a GPU that is asked for is not there, or a setting is out of its range.
+    """
+    _silence_lightning()
+    accelerator = _resolve_accelerator(accelerator, devices)
+    precision = _resolve_precision(precision, accelerator)
+    for name, value in [("log_every", log_every), ("gradient_clip", gradient_clip)]:
+        if value is not None and value <= 0:
+            raise ValueError(f"{name} must be positive, got {value}; set `trainer.{name}`.")
+    trainer = L.Trainer(
+        default_root_dir=output,
+        accelerator=accelerator,
+        devices=devices,
+        num_nodes=nodes,
+        strategy=strategy,
+        precision=precision,
+        max_steps=-1 if max_steps is None else max_steps,
+        max_epochs=-1,
+        gradient_clip_val=gradient_clip,
+        log_every_n_steps=log_every,
+        logger=list(loggers),
+        callbacks=[
+            Budget(max_steps, max_minutes),
+            *([Compilation()] if compile else []),
+            *_insert(Validation(validate_every), callbacks),
+        ],
+        plugins=[AtomicCheckpointIO()],
+        check_val_every_n_epoch=sys.maxsize,  # an epoch never ends: `Validation` decides
+        num_sanity_val_steps=0,
+        use_distributed_sampler=False,  # the data are already split over ranks
+        enable_checkpointing=False,
+        enable_model_summary=False,
+        enable_progress_bar=False,
+    )
+    rank_zero_only(log.info)(
+        "%d x %s, precision %s", trainer.world_size, accelerator.upper(), precision
+    )
+    return trainer
+
+
+def _resolve_accelerator(accelerator: str, devices: int | str) -> str:
+    found = torch.cuda.device_count()
+    if accelerator == "auto":
+        accelerator = "gpu" if found else "cpu"  # Apple's GPUs have no float64
+    if accelerator == "gpu" and not found:
+        raise ValueError(
+            "trainer.accelerator=gpu needs a CUDA GPU and torch sees none; "
+            "use `trainer=auto` or `trainer=cpu`, or check the driver with nvidia-smi."
+        )
+    if accelerator == "gpu" and isinstance(devices, int) and devices > found:
+        raise ValueError(
+            f"trainer.devices={devices} asks for more GPUs than the {found} that torch sees; "
+            f"lower `trainer.devices`."
+        )
+    return accelerator
+
+
+def _resolve_precision(precision: str | None, accelerator: str) -> str:
+    if precision is None:
+        return "bf16-mixed" if accelerator == "gpu" else "32-true"
+    if precision not in PRECISIONS:
+        raise ValueError(
+            f"precision must be one of {', '.join(PRECISIONS)}, or null for what suits the device, "
+            f"got {precision}; set `trainer.precision`."
+        )
+    return precision
+
+
+def _insert(validation: Validation, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+    """Put it after averaging, whose weights it scores, and before all that use its score."""
+    averaging = [c for c in callbacks if isinstance(c, WeightAveraging)]
+    others = [c for c in callbacks if not isinstance(c, WeightAveraging)]
+    return [*averaging, validation, *others]
+
+
+def _silence_lightning() -> None:
+    """Keep Lightning's remarks about choices that are made on purpose from the user."""
+    for name in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers",  # our workers only read: data.workers says how many
+        ".*`IterableDataset` has `__len__`",
+        ".*recommended to use `self.log.*sync_dist=True",  # the task reduces sums itself
+        ".*GPU available but not used",  # trainer=cpu
+        ".*modules? in eval mode at the start of training",
+        ".*FLOPs not found",  # an unknown card: `mfu` is left out
+        ".*LeafSpec",  # a deprecation inside Lightning
+    ):
+        warnings.filterwarnings("ignore", message=message)
