@@ -23,7 +23,7 @@ def draw_patterns(patterns: dict[str, Pattern], length: int, path: Path) -> Path
         axes = figure.add_subplot(1, len(patterns), n)
         # A bidirectional random plan depends on the length, so the whole is evaluated.
         cells = pattern.dense(length if not pattern.is_causal else shown)[:shown, :shown]
-        axes.imshow(cells, cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
+        axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         keys = pattern.keys_per_query(length)
         axes.set_title(f"{name}: {keys:.0f} of {(length + 1) / 2:.0f} causal keys a query")
         axes.set(xlabel="key", ylabel="query")

@@ -37,15 +37,15 @@ def assert_as_exact_as_torch(function, plain, inputs, cotangents, slack: float =
     """Fail if ``function`` is further from float64 truth than ``slack`` x plain torch is.
 
     The allowance comes from the data: the error that ``plain`` makes in the same dtype, and at
-    least one rounding of the largest number that comes out. Compared are the outputs and the
-    gradient of every input.
+    least a few roundings of the largest number that comes out (a gradient that cancels to zero
+    still passed through numbers of that size). Compared are outputs and gradients of all inputs.
     """
     truth = gradients(plain, [x.double() for x in inputs], *cotangents)
     baseline = gradients(plain, inputs, *cotangents)
     actual = gradients(function, inputs, *cotangents)
     names = ["out", "lse", "dq", "dk", "dv"]
     largest = max(t[t.isfinite()].abs().max() for t in truth if t.isfinite().any())
-    rounding = torch.finfo(inputs[0].dtype).eps * largest
+    rounding = 4 * torch.finfo(inputs[0].dtype).eps * largest
     for name, t, b, a in zip(names, truth, baseline, actual, strict=True):
         blind = torch.isneginf(t)
         assert torch.equal(torch.isneginf(a), blind), name

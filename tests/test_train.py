@@ -106,8 +106,9 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_says_so_by_its_status(tmp_pa
     assert list(curve(folder)) == list(range(saved + 3))
 
 
-def test_two_processes_reproduce_the_curve_of_one_with_the_same_batch(tmp_path):
-    settings = ["trainer.max_steps=100", "model.layers=1"]
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_two_processes_reproduce_the_curve_of_one_with_the_same_batch(tmp_path, optimizer):
+    settings = ["trainer.max_steps=100", "model.layers=1", f"optimizer={optimizer}"]
     train(tmp_path / "one", *settings)
     train(
         tmp_path / "two", "trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2", *settings

@@ -5,7 +5,9 @@ from itertools import islice
 
 import torch
 from torch import Tensor, nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from training.muon import BatchedMuon
 
 
 def adamw(
@@ -35,11 +37,11 @@ def muon(
     one by one: orthogonalising their update does not help (section 2 of the source).
 
     Source:
-        Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon; ``torch.optim.Muon``.
+        Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
     matrices, rest = _split(model, lambda name, p: name.startswith("blocks.") and p.dim() == 2)
     return Combined(
-        Muon(
+        BatchedMuon(
             matrices,
             lr=lr,
             momentum=momentum,

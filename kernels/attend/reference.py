@@ -16,6 +16,7 @@ from kernels.patterns import Pattern
 from kernels.tiles import TileList
 
 CHUNK = {"cpu": 64, "cuda": 256}  # queries: a short chunk gathers few keys, a long one fills a GPU
+KEPT_CELLS = 2**26  # of one pattern's mask, 64 MiB; evaluating it takes a third of the time
 
 
 @torch.compiler.disable
@@ -93,18 +94,18 @@ class Mask:
         No key outside ``columns`` is visible to any of the rows.
         """
         size = CHUNK[self.device.type]
-        moved = self.q_position is not None or self.k_position is not None
-        columns = (
-            torch.arange(self.keys, device=self.device)[None]
-            if moved
-            else _live_columns(
+        starts = range(0, self.queries, size)
+        if self.q_position is None and self.k_position is None:
+            columns, visible = _pattern_chunks(
                 self.pattern, self.heads, self.queries, self.keys, size, str(self.device)
             )
-        )
-        for n, start in enumerate(range(0, self.queries, size)):
+        else:
+            columns = [torch.arange(self.keys, device=self.device)[None]] * len(starts)
+            visible = None
+        kept = visible is not None and self.documents is None and self.tiles is None
+        for n, start in enumerate(starts):
             rows = slice(start, min(start + size, self.queries))
-            chunk_columns = columns if moved else columns[n]
-            yield rows, chunk_columns, self._visible(rows, chunk_columns)
+            yield rows, columns[n], visible[n] if kept else self._visible(rows, columns[n])
 
     def _visible(self, rows: slice, columns: Tensor) -> Tensor:
         storage_i = torch.arange(rows.start, rows.stop, device=self.device)[None, None, :, None]
@@ -133,22 +134,30 @@ class Mask:
 
 
 @functools.lru_cache(maxsize=128)
-def _live_columns(
+def _pattern_chunks(
     pattern: Pattern, heads: int, queries: int, keys: int, chunk: int, device: str
-) -> list[Tensor]:
-    """For every chunk of queries the keys that it sees, ``(heads | 1, K)`` each.
+) -> tuple[list[Tensor], list[Tensor] | None]:
+    """For every chunk of queries the keys that it sees, and which cells those are.
 
-    Heads that see fewer keys than others are filled up with keys that they do not see; no key
-    stands twice in a row.
+    Returns:
+        ``columns (heads | 1, K)`` of each chunk: heads that see fewer keys than others are filled
+        up with keys that they do not see, and no key stands twice in a row; and ``visible
+        (1, heads | 1, rows, K)`` of each, or None if that would be more than ``KEPT_CELLS``.
     """
     head = torch.arange(heads)[:, None, None] if pattern.differs_by_head else 0
     j = torch.arange(keys, device=device)[None, None, :]
-    lists = []
+    columns, visible, cells = [], [], 0
     for i in torch.arange(queries, device=device)[None, :, None].split(chunk, dim=1):
-        seen = pattern.visible(i, j, head, length=max(queries, keys)).any(dim=1)  # (heads | 1, Lk)
-        most = max(int(seen.sum(dim=1).max()), 1)
-        lists.append(seen.int().argsort(dim=1, descending=True, stable=True)[:, :most])
-    return lists
+        seen = pattern.visible(i, j, head, length=max(queries, keys))  # (heads | 1, rows, Lk)
+        live = seen.any(dim=1)
+        most = max(int(live.sum(dim=1).max()), 1)
+        columns.append(live.int().argsort(dim=1, descending=True, stable=True)[:, :most])
+        cells += columns[-1].numel() * i.numel()
+        if cells <= KEPT_CELLS:
+            visible.append(seen.take_along_dim(columns[-1][:, None], dim=2)[None])
+        else:
+            visible.clear()
+    return columns, visible if cells <= KEPT_CELLS else None
 
 
 def _gather(x: Tensor, columns: Tensor) -> Tensor:
