@@ -1,6 +1,8 @@
 """Evaluate a trained model:  python eval.py checkpoint=runs/NAME/checkpoints/best.ckpt"""
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import hydra
@@ -84,5 +86,16 @@ def autocast(config: DictConfig) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=precision == "bf16-mixed")
 
 
+def quoted(argument: str) -> str:
+    """A prompt as Hydra reads any text: what a user types may hold commas and brackets."""
+    key, _, text = argument.partition("=")
+    if key != "prompt" or text[:1] in ("'", '"'):
+        return argument
+    # Inside quotes Hydra unescapes a quote, and backslashes that stand before one.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", "\\'"), text)
+    return f"prompt='{escaped}'"
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = map(quoted, sys.argv[1:])
     main()

@@ -53,9 +53,10 @@ def test_more_context_is_used(folder):
 
 
 def test_a_prompt_is_continued_the_same_way_each_time(folder):
-    arguments = ["limit=100", "prompt='Once upon a '", "sample_tokens=20"]
-    texts = [evaluate(folder, *arguments).stdout.split("\n\n")[-1] for _ in range(2)]
-    assert texts[0].startswith("Once upon a ")
+    prompt = "Once, it's [said] \\n, upon a "
+    arguments = ["limit=100", f"prompt={prompt}", "sample_tokens=20"]
+    texts = [evaluate(folder, *arguments).stdout.split("\n\n", 1)[-1] for _ in range(2)]
+    assert texts[0].startswith(prompt)
     assert texts[0] == texts[1]
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -127,6 +128,10 @@ def test_sampling_changes_nothing_in_training(output, monkeypatch):
     torch.testing.assert_close(weights(), with_samples, rtol=0, atol=0)
 
 
+needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is an optional package")
+
+
+@needs_wandb
 def test_wandb_shows_config_curves_text_and_picture_and_keeps_its_id_after_a_resume(output):
     for _ in range(2):
         result = run_train(output, "wandb", "logger.offline=true")
@@ -149,6 +154,7 @@ def test_wandb_shows_config_curves_text_and_picture_and_keeps_its_id_after_a_res
     assert lines(output)  # beside wandb, not instead
 
 
+@needs_wandb
 def test_wandb_online_without_a_login_is_one_sentence(output):
     result = run_train(output, "wandb", WANDB_API_KEY="", HOME=str(output))
     assert "ValueError: wandb could not start" in result.stderr

@@ -79,7 +79,7 @@ def test_a_fresh_folder_explains_itself(make_config):
     saved = yaml.safe_load((folder / "config.yaml").read_text())
     assert saved["callbacks"]["checkpoints"]["output"] == str(folder)
     text = (folder / "train.log").read_text()
-    for part in (sys.argv[0], "commit ", f"torch {torch.__version__.split('+')[0]}", "step 1"):
+    for part in (sys.argv[0], "Python 3.", f"torch {torch.__version__.split('+')[0]}", "step 1"):
         assert part in text
     assert (folder / "metrics.jsonl").read_text() == ""
 

@@ -171,7 +171,7 @@ def test_help_is_readable():
         (["trainer.max_steps=null"], 2, ["trainer.max_minutes"]),
         (["trainer.precision=16"], 2, ["16", "bf16-mixed"]),
         (["schedule.decay=2"], 2, ["decay"]),
-        (["logger=wandb"], 2, ["logger.offline=true"]),
+        (["logger=wandb"], 2, ["wandb"]),
     ],
     ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
 )
