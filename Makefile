@@ -19,7 +19,7 @@ lint: $(VENV)/ready
 $(VENV)/ready: requirements.txt requirements-dev.txt constraints.txt
 	$(PYTHON) -c "import sys; sys.version_info[:2] in ((3, 11), (3, 12)) or sys.exit('Strider needs Python 3.11 or 3.12, this is ' + sys.version.split()[0] + '; call make with PYTHON=python3.12')"
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
+	$(RUN) -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-dev.txt -c constraints.txt
 	touch $@
 
 clean:
