@@ -15,7 +15,10 @@ from torch.autograd.function import once_differentiable
 from kernels.patterns import Pattern
 from kernels.tiles import TileList
 
-CHUNK = {"cpu": 64, "cuda": 256}  # queries: a short chunk gathers few keys, a long one fills a GPU
+CHUNK = {
+    "cpu": 64,
+    "cuda": 256,
+}  # queries: a short chunk gathers few keys, a long one fills a GPU
 KEPT_CELLS = 2**26  # of one pattern's mask, 64 MiB; evaluating it takes a third of the time
 
 
@@ -97,7 +100,12 @@ class Mask:
         starts = range(0, self.queries, size)
         if self.q_position is None and self.k_position is None:
             columns, visible = _pattern_chunks(
-                self.pattern, self.heads, self.queries, self.keys, size, str(self.device)
+                self.pattern,
+                self.heads,
+                self.queries,
+                self.keys,
+                size,
+                str(self.device),
             )
         else:
             columns = [torch.arange(self.keys, device=self.device)[None]] * len(starts)
@@ -105,7 +113,11 @@ class Mask:
         kept = visible is not None and self.documents is None and self.tiles is None
         for n, start in enumerate(starts):
             rows = slice(start, min(start + size, self.queries))
-            yield rows, columns[n], visible[n] if kept else self._visible(rows, columns[n])
+            yield (
+                rows,
+                columns[n],
+                visible[n] if kept else self._visible(rows, columns[n]),
+            )
 
     def _visible(self, rows: slice, columns: Tensor) -> Tensor:
         storage_i = torch.arange(rows.start, rows.stop, device=self.device)[None, None, :, None]
@@ -113,15 +125,25 @@ class Mask:
         i = storage_i if self.q_position is None else self.q_position[:, :, rows, None]
         j = storage_j if self.k_position is None else self._spread(self.k_position)[:, :, None]
         head = torch.arange(self.heads)[None, :, None, None] if self.pattern.differs_by_head else 0
-        visible = self.pattern.visible(i, j, head, length=max(self.queries, self.keys))
+        visible = self.pattern.visible(i, j, head, length=self._length)
         if self.documents is not None:
             of_query = self.documents[:, None, rows, None]
             visible = visible & (of_query == self.documents[:, columns][:, :, None])
         if self.tiles is not None:
             row = torch.arange(self.tiles.heads, device=self.device)[None, :, None, None]
-            tile_i, tile_j = storage_i // self.tiles.tile[0], storage_j // self.tiles.tile[1]
+            tile_i, tile_j = (
+                storage_i // self.tiles.tile[0],
+                storage_j // self.tiles.tile[1],
+            )
             visible = visible & self._layout[row, tile_i, tile_j]
         return visible
+
+    @functools.cached_property
+    def _length(self) -> int:
+        """Tokens of the sequence that queries and keys are from."""
+        last = max(self.queries, self.keys) - 1
+        positions = [p for p in (self.q_position, self.k_position) if p is not None]
+        return 1 + max([last, *(int(p.max()) for p in positions)])
 
     @functools.cached_property
     def _layout(self) -> Tensor:
