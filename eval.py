@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
@@ -13,6 +14,7 @@ from evaluation.generation import generate
 from evaluation.report import score, table
 from training.checkpoint import model_weights, read_checkpoint, rebuild
 from training.errors import UserErrors
+from training.typecheck import check_arguments
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
@@ -21,7 +23,31 @@ def main(config: DictConfig) -> None:
         evaluate(config)
 
 
+@dataclass(frozen=True)
+class Settings:
+    """The plain keys of conf/eval.yaml, which says what each means."""
+
+    checkpoint: str
+    split: str
+    context: int | None
+    stride: int | None
+    limit: int | None
+    batch_tokens: int
+    device: str
+    precision: str | None
+    sample_tokens: int
+    temperature: float
+    top_p: float
+    seed: int
+
+
 def evaluate(config: DictConfig) -> None:
+    check_arguments(Settings, config)
+    if config.batch_tokens < 1 or config.sample_tokens < 1:
+        raise ValueError(
+            f"batch_tokens and sample_tokens must be at least 1, got {config.batch_tokens} and "
+            f"{config.sample_tokens}."
+        )
     checkpoint = read_checkpoint(config.checkpoint)
     moved = {"path": config.data.path} if config.data.path else {}
     data = rebuild(checkpoint["config"], "data", cache=config.paths.cache, **moved)
@@ -30,11 +56,15 @@ def evaluate(config: DictConfig) -> None:
     model.eval().to(device_of(config))
 
     data.prepare_data()
+    tokens = data.split(config.split)
+    context = data.length if config.context is None else config.context
+    # The sample comes first, so that a mistake in it does not cost a scoring of the split.
+    sample = None if config.prompt is None else continuation(model, config, context)
     with autocast(config):
         result = score(
             model,
-            data.split(config.split),
-            context=config.context or data.length,
+            tokens,
+            context=context,
             stride=config.stride,
             limit=config.limit,
             batch_tokens=config.batch_tokens,
@@ -47,15 +77,16 @@ def evaluate(config: DictConfig) -> None:
         **result,
     }
     print(table(result))
-    folder = Path(config.checkpoint).parent.parent
+    beside = Path(config.checkpoint).parent
+    folder = beside.parent if beside.name == "checkpoints" else beside
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
 
-    if config.prompt is not None:
-        print("\n" + continuation(model, config, context=config.context or data.length))
+    if sample is not None:
+        print("\n" + sample)
 
 
 def continuation(model: torch.nn.Module, config: DictConfig, context: int) -> str:
-    prompt = torch.tensor([list(config.prompt.encode())], dtype=torch.long)
+    prompt = torch.tensor([list(str(config.prompt).encode())], dtype=torch.long)
     with autocast(config):
         tokens = generate(
             model,
@@ -72,9 +103,15 @@ def continuation(model: torch.nn.Module, config: DictConfig, context: int) -> st
 def device_of(config: DictConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+    try:
+        device = torch.device(config.device)
+    except RuntimeError as error:
+        raise ValueError(
+            f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}."
+        ) from error
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={config.device} needs a GPU and torch sees none; use device=cpu.")
-    return torch.device(config.device)
+    return device
 
 
 def autocast(config: DictConfig) -> torch.autocast:
@@ -89,11 +126,11 @@ def autocast(config: DictConfig) -> torch.autocast:
 def quoted(argument: str) -> str:
     """A prompt as Hydra reads any text: what a user types may hold commas and brackets."""
     key, _, text = argument.partition("=")
-    if key != "prompt" or text[:1] in ("'", '"'):
+    if key != "prompt" or text[:1] in ("'", '"') or text == "null":
         return argument
     # Inside quotes Hydra unescapes a quote, and backslashes that stand before one.
     escaped = re.sub(r"(\\*)('|$)", lambda m: 2 * m[1] + m[2].replace("'", "\\'"), text)
-    return f"prompt='{escaped}'"
+    return "prompt='" + escaped.replace("${", "\\${") + "'"
 
 
 if __name__ == "__main__":

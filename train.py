@@ -1,5 +1,6 @@
 """Train a long-sequence model:  python train.py model=bigbird data=enwik8"""
 
+import logging
 import sys
 
 import hydra
@@ -8,8 +9,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from training import run_folder
+from training.callbacks.interruption import Interruption
 from training.console import show_log
 from training.errors import UserErrors
+from training.typecheck import check_types
+
+log = logging.getLogger("strider")
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
@@ -20,22 +25,31 @@ def main(config: DictConfig) -> float:
     """
     show_log()
     with UserErrors() as errors:
-        checkpoint = run_folder.prepare(config)
+        check_types(config)
+        checkpoint = run_folder.choose_checkpoint(config)
         L.seed_everything(config.seed, verbose=False)
         data, task = instantiate(config.data), instantiate(config.task)
         callbacks = dict(instantiate(config.callbacks))
         trainer = instantiate(config.trainer)(
-            output=config.paths.output,
-            callbacks=[*callbacks.values(), errors],
-            loggers=instantiate(config.logger),
+            output=config.paths.output, callbacks=[*callbacks.values(), errors], loggers=[]
         )
         trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
-        trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
-
-    interruption = callbacks.get("interruption")
-    if interruption is not None and interruption.signal_received:
-        sys.exit(128 + interruption.signal_received)  # as a shell reports a program so ended
+        data.prepare_data()
+        # Only now, when all that was asked for is found possible, is anything written.
+        run_folder.open_folder(config, checkpoint)
+        trainer.loggers = instantiate(config.logger)
+        try:
+            trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
+        finally:
+            leave_if_interrupted(callbacks.get("interruption"))
     return float(trainer.callback_metrics.get("val/bits_per_byte", "nan"))
+
+
+def leave_if_interrupted(interruption: Interruption | None) -> None:
+    """Exit as a shell reports a program that a signal ended."""
+    if interruption is not None and interruption.signal_received:
+        log.info("interrupted; the same command continues this run")
+        sys.exit(128 + interruption.signal_received)
 
 
 if __name__ == "__main__":

@@ -98,12 +98,17 @@ class SequenceData(L.LightningDataModule):
         return self.batch_tokens // size
 
     def prepare_data(self) -> None:
+        """Download, unpack and check the corpus; may be called again, and by several processes.
+
+        Raises:
+            ValueError, OSError: if it cannot be had, or is shorter than a window.
+        """
         self.corpus.prepare()
+        self._training_windows()
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # complain before the model is moved to its device
             self.accumulation(self.trainer.world_size)
-            self._training_windows()
 
     def split(self, name: str) -> np.ndarray:
         """Memory-mapped tokens of ``"train"``, ``"validation"`` or ``"test"``.

@@ -25,7 +25,7 @@ def draw_patterns(patterns: dict[str, Pattern], length: int, path: Path) -> Path
         cells = pattern.dense(length if not pattern.is_causal else shown)[:shown, :shown]
         axes.imshow(cells.numpy(), cmap="Blues", vmin=0, vmax=1.4, interpolation="nearest")
         keys = pattern.keys_per_query(length)
-        axes.set_title(f"{name}: {keys:.0f} of {(length + 1) / 2:.0f} causal keys a query")
+        axes.set_title(f"{name}: {keys:.0f} of {(length + 1) / 2:.0f} causal keys on average")
         axes.set(xlabel="key", ylabel="query")
     figure.savefig(path, dpi=100)
     return path

@@ -75,7 +75,7 @@ class Transformer(nn.Module):
         rotary_base: float = 10_000.0,
     ):
         super().__init__()
-        _check(dim, layers, heads, attention, layout)
+        _check(dim, layers, heads, dropout, attention, layout)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
         self.rotary_base = rotary_base
         self.layout = [layout[n % len(layout)] for n in range(layers)]
@@ -89,6 +89,8 @@ class Transformer(nn.Module):
         self.head = Head(dim, vocab_size, self.embedding if tied_head else None)
         # A tied embedding is also the head, which wants logits of order one.
         nn.init.normal_(self.embedding.weight, std=dim**-0.5 if tied_head else 1.0)
+        # A stream has one start: its id is hardly ever trained, so it begins as "nothing known".
+        nn.init.zeros_(self.embedding.weight[vocab_size])
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
@@ -129,9 +131,12 @@ class Transformer(nn.Module):
         return 6 * (matrices + self.dim * self.vocab_size) + attention
 
 
-def _check(dim, layers, heads, attention, layout) -> None:
-    if layers < 1 or heads < 1:
-        raise ValueError(f"layers and heads must be at least 1, got {layers} and {heads}.")
+def _check(dim, layers, heads, dropout, attention, layout) -> None:
+    if dim < 1 or layers < 1 or heads < 1 or not 0 <= dropout < 1:
+        raise ValueError(
+            f"a model needs dim, layers and heads of at least 1 and a dropout in [0, 1), got "
+            f"model.dim={dim}, model.layers={layers}, model.heads={heads}, model.dropout={dropout}."
+        )
     if dim % heads or dim // heads % 2:
         raise ValueError(
             f"dim must be an even multiple of heads (rotary positions turn pairs), got dim={dim} "

@@ -167,8 +167,13 @@ def test_splits_are_at_hand_without_a_trainer(make_data):
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_before_training(make_data, changes, message):
+    def prepare():
+        data = make_data(**changes)
+        data.prepare_data()
+        data.setup("fit")
+
     with pytest.raises(ValueError, match=message):
-        make_data(**changes).setup("fit")
+        prepare()
 
 
 class Recorder(L.LightningModule):

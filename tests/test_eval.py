@@ -53,7 +53,7 @@ def test_more_context_is_used(folder):
 
 
 def test_a_prompt_is_continued_the_same_way_each_time(folder):
-    prompt = "Once, it's [said] \\n, upon a "
+    prompt = "Once, it's [said] \\n ${so}, upon a "
     arguments = ["limit=100", f"prompt={prompt}", "sample_tokens=20"]
     texts = [evaluate(folder, *arguments).stdout.split("\n\n", 1)[-1] for _ in range(2)]
     assert texts[0].startswith(prompt)
@@ -102,6 +102,9 @@ def test_a_config_that_names_anything_but_our_classes_is_refused(folder, tmp_pat
         (["limit=0"], ["limit", "0"]),
         (["data.path=/no/such"], ["/no/such"]),
         (["precision=fp8", "limit=10"], ["fp8"]),
+        (["context=abc"], ["context", "whole number", "'abc'"]),
+        (["device=gpu"], ["device", "'gpu'"]),
+        (["temperature=-1", "prompt=x"], ["temperature"]),
         (["device=cuda", "limit=10"], ["device=cpu"]),
     ],
     ids=lambda value: " ".join(value),

@@ -140,7 +140,8 @@ def test_operations_count_the_live_keys_only():
     [
         (["model.dim=30", "model.heads=4"], "dim=30 and heads=4"),
         (["model.dim=12", "model.heads=4"], "dim=12 and heads=4"),
-        (["model.layers=0"], "0 and 2"),
+        (["model.layers=0"], "model.layers=0"),
+        (["model.dropout=2"], "model.dropout=2"),
         (["model.layout=[sparse]"], r"\['sparse'\]"),
     ],
 )

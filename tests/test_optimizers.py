@@ -53,7 +53,7 @@ def test_muon_holds_the_two_optimizers_of_matrices_and_rest():
     matrices = [p for block in twin.blocks for p in block.parameters() if p.dim() == 2]
     rest = [p for p in twin.parameters() if all(p is not m for m in matrices)]
     by_hand = [
-        BatchedMuon(matrices, **MUON, nesterov=True, adjust_lr_fn="original"),
+        BatchedMuon(matrices, **MUON),
         AdamW(rest, **ADAMW | {"weight_decay": 0.0}),
     ]
     train(model, [MAKERS["muon"](model)], range(5))
@@ -66,8 +66,7 @@ def test_batched_muon_moves_every_matrix_as_torchs_muon_does(device):
     shapes = [(24, 8), (8, 8), (24, 8), (8, 40), (8, 8)]
     start = [torch.randn(shape, device=device) for shape in shapes]
     ours, theirs = ([torch.nn.Parameter(x.clone()) for x in start] for _ in range(2))
-    settings = {**MUON, "adjust_lr_fn": "original"}
-    optimizers = BatchedMuon(ours, **settings), Muon(theirs, **settings)
+    optimizers = BatchedMuon(ours, **MUON), Muon(theirs, **MUON, adjust_lr_fn="original")
     for _ in range(3):
         for p, q in zip(ours, theirs, strict=True):
             p.grad = torch.randn_like(p)

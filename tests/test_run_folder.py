@@ -13,7 +13,7 @@ import yaml
 from omegaconf import OmegaConf
 
 from training.checkpoint import AtomicCheckpointIO
-from training.run_folder import prepare, run_id
+from training.run_folder import choose_checkpoint, open_folder, run_id
 
 
 @pytest.fixture
@@ -27,6 +27,8 @@ def make_config(tmp_path):
                 "paths": {"output": f"{tmp_path}/runs/${{run_id}}", "cache": "/cache"},
                 "model": {"dim": 8, "layout": ["window", "bigbird", "window"], "vocab": 256},
                 "data": {"name": "text", "length": 16, "cache": "${paths.cache}"},
+                "optimizer": {"lr": 0.1},
+                "schedule": {"decay": 0.3},
                 "trainer": {"devices": 1, "nodes": 1, "strategy": "auto", "max_steps": 5},
                 "logger": {"offline": False, "output": "${paths.output}"},
                 "callbacks": {"checkpoints": {"output": "${paths.output}"}},
@@ -37,6 +39,12 @@ def make_config(tmp_path):
         return config
 
     return make
+
+
+def prepare(config):
+    checkpoint = choose_checkpoint(config)
+    open_folder(config, checkpoint)
+    return checkpoint
 
 
 def save_last(config, step=2):
@@ -132,7 +140,7 @@ def test_another_model_in_the_folder_is_named_by_its_first_difference(
     assert {p: p.read_bytes() for p in before} == before
 
 
-def test_other_settings_than_the_model_may_change_on_a_resume(make_config):
+def test_the_budget_may_change_on_a_resume(make_config):
     config = make_config(run_id="mine")
     prepare(config)
     path = save_last(config)
@@ -154,8 +162,10 @@ def test_the_log_of_one_run_does_not_go_on_in_the_next(make_config):
 def test_only_the_first_process_writes(make_config, tmp_path):
     (tmp_path / "config.yaml").write_text(OmegaConf.to_yaml(make_config()))
     command = (
-        "import sys; from omegaconf import OmegaConf; from training.run_folder import prepare; "
-        "config = OmegaConf.load(sys.argv[1]); prepare(config); print(config.run_id)"
+        "import sys; from omegaconf import OmegaConf; from training import run_folder; "
+        "config = OmegaConf.load(sys.argv[1]); "
+        "run_folder.open_folder(config, run_folder.choose_checkpoint(config)); "
+        "print(config.run_id)"
     )
     result = subprocess.run(
         [sys.executable, "-c", command, tmp_path / "config.yaml"],
@@ -167,3 +177,40 @@ def test_only_the_first_process_writes(make_config, tmp_path):
     )
     assert result.stdout.strip() == run_id(make_config())
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("change", [{"seed": 2}, {"optimizer__lr": 0.2}, {"data__length": 32}])
+def test_a_folder_is_not_continued_as_another_experiment(make_config, change):
+    config = make_config(run_id="mine")
+    prepare(config)
+    path = save_last(config)
+    with pytest.raises(ValueError, match="set it back"):
+        choose_checkpoint(make_config(run_id="mine", **change))
+    # Who names the checkpoint means it: a run may go on from it under other settings.
+    assert choose_checkpoint(make_config(run_id="other", resume=str(path), **change)) == path
+
+
+def test_choosing_a_checkpoint_changes_nothing_on_the_disk(make_config, tmp_path):
+    choose_checkpoint(make_config())
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_processes_do_not_train_in_one_folder(make_config):
+    config = make_config(run_id="mine")
+    prepare(config)
+    code = f"import fcntl; fcntl.flock(open({config.paths.output + '/.lock'!r}), 6)"
+    other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "BlockingIOError" in other.stderr  # held until this process ends
+    with open(config.paths.output + "/.lock") as lock:
+        import fcntl
+
+        prepare(make_config(run_id="elsewhere"))  # lets go of the first folder
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with pytest.raises(ValueError, match="another process is training"):
+            prepare(make_config(run_id="mine"))
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(make_config, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(ValueError, match=r"cannot be written .* paths.output"):
+        prepare(make_config(run_id="mine"))

@@ -107,14 +107,29 @@ def rebuild(config_text: str, section: str, **overrides: Any) -> Any:
         ValueError: if the text is not such a configuration, or names anything but classes that
             are defined in the package of that section.
     """
-    try:
-        config = yaml.safe_load(config_text)
-    except yaml.YAMLError as error:
-        raise ValueError("the saved configuration is not plain YAML; it was refused.") from error
-    if not isinstance(config, dict) or not isinstance(config.get(section), dict):
+    config = parse_config(config_text)
+    if not isinstance(config.get(section), dict):
         raise ValueError(f"the saved configuration has no section `{section}`.")
     _check(config[section], section, PACKAGES[section])
     return instantiate(config[section], **overrides)
+
+
+def parse_config(text: str) -> dict[str, Any]:
+    """Read a saved configuration, which need not be trusted.
+
+    Raises:
+        ValueError: if it is not a mapping in plain YAML, without aliases (a few of which, nested,
+            stand for more than any memory holds).
+    """
+    try:
+        events = yaml.parse(text, Loader=yaml.SafeLoader)
+        plain = not any(isinstance(event, yaml.AliasEvent) for event in events)
+        config = yaml.safe_load(text) if plain else None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError("the saved configuration is not plain YAML; it was refused.") from error
+    if not isinstance(config, dict):
+        raise ValueError("the saved configuration is not a plain mapping; it was refused.")
+    return config
 
 
 def _check(node: Any, key: str, package: str) -> None:
@@ -155,7 +170,9 @@ def _is_class_of(target: Any, package: str) -> bool:
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:
     if not path.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}; give the path of a .ckpt file.")
+        beside = sorted(str(p) for p in path.parent.glob("*.ckpt"))
+        known = f"one of {', '.join(beside)}" if beside else "a .ckpt file"
+        raise FileNotFoundError(f"there is no checkpoint {path}; give the path of {known}.")
     try:
         checkpoint = _load(path, mmap)
     except pickle.UnpicklingError as error:

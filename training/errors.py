@@ -56,15 +56,18 @@ class UserErrors(L.Callback):
 
 def one_sentence(error: BaseException | None) -> str | None:
     """What to tell the user about ``error``, or None if it is not about anything they gave."""
+    configured = isinstance(error, InstantiationException)
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, TypeError):
-        return _unknown_key(str(error))
+    if isinstance(error, TypeError) and (sentence := _unknown_key(str(error))):
+        return sentence
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
     if isinstance(error, (*USER_ERRORS, InstantiationException)):
         return " ".join(str(error).split())
+    if configured and not isinstance(error, ImportError):  # a new file of the user's may be wrong
+        return f"what is configured cannot be built: {type(error).__name__}: {error}"
     return None
 
 

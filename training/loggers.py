@@ -43,6 +43,7 @@ def wandb(
         import wandb as client
     except ModuleNotFoundError as error:
         raise ValueError("logger=wandb needs a package: `pip install wandb`.") from error
+    client.finish()  # the run of a sweep's previous job, which `init` would return again
     try:
         run = client.init(
             project=project,

@@ -17,8 +17,18 @@ class BatchedMuon(Muon):
     (30 times, on a 2-core AMD EPYC) and makes two processes drift apart from one.
 
     Source:
-        Jordan et al. 2024, kellerjordan.github.io/posts/muon; ``adjust_lr_fn="original"``.
+        Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
+
+    def __init__(self, matrices: list[Tensor], *, lr: float, momentum: float, weight_decay: float):
+        super().__init__(
+            matrices,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=True,
+            adjust_lr_fn="original",  # lr is the spectral size of an update, whatever the shape
+        )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:

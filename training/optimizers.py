@@ -41,14 +41,7 @@ def muon(
     """
     matrices, rest = _split(model, lambda name, p: name.startswith("blocks.") and p.dim() == 2)
     return Combined(
-        BatchedMuon(
-            matrices,
-            lr=lr,
-            momentum=momentum,
-            nesterov=True,
-            weight_decay=weight_decay,
-            adjust_lr_fn="original",  # lr is the spectral size of an update, whatever the shape
-        ),
+        BatchedMuon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay),
         AdamW(
             rest,
             lr=adamw_lr,

@@ -1,5 +1,6 @@
 """The folder of a run: its name, what makes it explain itself, and where a run continues."""
 
+import fcntl
 import hashlib
 import json
 import logging
@@ -9,13 +10,12 @@ import subprocess
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, OmegaConf
 
-from training.checkpoint import read_checkpoint
+from training.checkpoint import parse_config, read_checkpoint
 from training.loggers import rewind
 
 log = logging.getLogger("strider")
@@ -23,44 +23,70 @@ log = logging.getLogger("strider")
 # How a run is launched, watched or continued does not make it another run.
 NOT_IN_ID = {
     "": ["paths", "logger", "resume", "run_id"],
-    "trainer": ["devices", "nodes", "strategy"],
+    "trainer": ["accelerator", "devices", "nodes", "strategy", "log_every"],
+    "data": ["workers"],
 }
 
+# What makes the second half of a run another experiment than the first, and what of it does not.
+MUST_AGREE = ["model", "data", "optimizer", "schedule", "seed"]
+MAY_DIFFER = {"data": ["path", "cache", "workers", "micro_tokens", "validation_tokens"]}
 
-def prepare(config: DictConfig) -> Path | None:
-    """Make the run's folder ready, and find where the run continues.
+_held: list[IO] = []  # the lock of the folder that this process trains in
 
-    Fills in ``config.run_id``; then `config.yaml`, `metrics.jsonl` and `train.log` are in the
-    folder ``config.paths.output``. Only the first process writes.
+
+def choose_checkpoint(config: DictConfig) -> Path | None:
+    """Find where the run continues; fills in ``config.run_id`` and changes nothing on the disk.
 
     Args:
         config: the composed configuration. ``resume`` is ``"auto"`` (continue the folder's last
-            checkpoint if there is one), the path of a checkpoint, or None (start afresh; a run
-            that is already in the folder is moved beside it).
+            checkpoint if there is one), the path of a checkpoint, or None (start afresh).
 
     Returns:
         The checkpoint to continue from, or None for a fresh start.
 
     Raises:
-        FileNotFoundError, ValueError: if that checkpoint is missing, unreadable, or of another
-            model.
+        FileNotFoundError, ValueError: if that checkpoint is missing, unreadable, or of a run with
+            other settings.
     """
     if config.run_id is None:
         config.run_id = run_id(config)
-    folder = Path(config.paths.output)
-    last = folder / "checkpoints" / "last.ckpt"
+    last = Path(config.paths.output) / "checkpoints" / "last.ckpt"
     if config.resume == "auto":
         checkpoint = last if last.exists() else None
     else:
         checkpoint = None if config.resume is None else Path(config.resume)
-    step = -1 if checkpoint is None else _step_of(checkpoint, config)
-    if rank_zero_only.rank == 0:
-        if config.resume is None and (folder / "config.yaml").exists():
-            _move_aside(folder)
-        _write(folder, config, step)
-        if checkpoint is not None:
-            log.info("continuing %s after step %d", checkpoint, step)
+    if checkpoint is not None:
+        _require_same_settings(checkpoint, config)
     return checkpoint
+
+
+def open_folder(config: DictConfig, checkpoint: Path | None) -> None:
+    """Make the run's folder ready: `config.yaml`, `metrics.jsonl` and `train.log` are in it.
+
+    Only the first process writes. Metrics beyond the step of ``checkpoint`` are dropped, and with
+    ``resume=null`` a run that is already in the folder is moved beside it.
+
+    Raises:
+        ValueError: if another process is training in the folder, or it cannot be written.
+    """
+    if rank_zero_only.rank != 0:
+        return
+    folder = Path(config.paths.output)
+    try:
+        if config.resume is None and (folder / "config.yaml").exists():
+            _lock(folder)
+            _move_aside(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        _lock(folder)
+        step = -1 if checkpoint is None else read_checkpoint(checkpoint)["global_step"]
+        _write(folder, config, step)
+    except OSError as error:
+        raise ValueError(
+            f"the run's folder {folder} cannot be written ({error.strerror}); set paths.output to "
+            "a folder that can."
+        ) from error
+    if checkpoint is not None:
+        log.info("continuing %s after step %d", checkpoint, step)
 
 
 def run_id(config: DictConfig) -> str:
@@ -81,18 +107,30 @@ def run_id(config: DictConfig) -> str:
     return f"{model}-{plain['data']['name']}-{digest[:8]}"
 
 
-def _step_of(checkpoint: Path, config: DictConfig) -> int:
-    """The optimizer step at which a checkpoint was written, if it fits the configured model."""
-    saved = read_checkpoint(checkpoint)
-    old = yaml.safe_load(saved["config"])["model"]
-    new = OmegaConf.to_container(config.model, resolve=True)
-    if difference := _first_difference(old, new, "model"):
-        key, before, now = difference
+def _require_same_settings(checkpoint: Path, config: DictConfig) -> None:
+    """A checkpoint needs its model; a folder that is continued by itself needs all that counts."""
+    saved = parse_config(read_checkpoint(checkpoint)["config"])
+    now = OmegaConf.to_container(config, resolve=True)
+    averaged = ["ema" in (c.get("callbacks") or {}) for c in (saved, now)]
+    if averaged[0] != averaged[1]:
         raise ValueError(
-            f"the run in {checkpoint} has {key}={before}, this one has {key}={now}; "
-            "set it back, or set `resume=null` to start afresh."
+            f"the run in {checkpoint} was made {'with' if averaged[0] else 'without'} "
+            "callbacks=ema, whose checkpoints hold other weights; set it as it was, or set "
+            "`resume=null`."
         )
-    return saved["global_step"]
+    for section in MUST_AGREE if config.resume == "auto" else ["model"]:
+        old, new = (_without_details(c.get(section), section) for c in (saved, now))
+        if difference := _first_difference(old, new, section):
+            key, before, after = difference
+            raise ValueError(
+                f"the run in {checkpoint} has {key}={before}, this one has {key}={after}; set it "
+                "back, or set `resume=null` to start afresh, or another `paths.output`."
+            )
+
+
+def _without_details(section: Any, name: str) -> Any:
+    ignored = MAY_DIFFER.get(name, [])
+    return {k: v for k, v in section.items() if k not in ignored} if ignored else section
 
 
 def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:
@@ -103,6 +141,19 @@ def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | No
         if found:
             return found
     return None
+
+
+def _lock(folder: Path) -> None:
+    """Keep other processes out of a folder until this one ends or opens another."""
+    for file in _held:
+        file.close()
+    _held[:] = [open(folder / ".lock", "w")]  # noqa: SIM115 (held on purpose)
+    try:
+        fcntl.flock(_held[0], fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise ValueError(
+            f"another process is training in {folder}; wait for it, or set another paths.output."
+        ) from error
 
 
 def _move_aside(folder: Path) -> None:
@@ -120,7 +171,6 @@ def _write(folder: Path, config: DictConfig, step: int) -> None:
     metrics = folder / "metrics.jsonl"
     metrics.touch()
     rewind(metrics, step)
-
     _open_log(folder / "train.log")
 
 

@@ -38,6 +38,10 @@ def warmup_stable_decay(
 
 def _warmup(step: int, warmup_steps: int) -> float:
     """Linear to 1 at step ``warmup_steps - 1``; the first step already learns."""
+    if warmup_steps < 0:
+        raise ValueError(
+            f"warm-up steps cannot be negative, got {warmup_steps}; change `schedule.warmup_steps`."
+        )
     return min(1.0, (step + 1) / max(1, warmup_steps))
 
 

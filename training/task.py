@@ -52,13 +52,18 @@ class SequenceTask(L.LightningModule):
     def configure_optimizers(self) -> Optimizer:
         self._schedule(0, 0.0)  # a wrong setting shows before the first step
         optimizer = self._make_optimizer(self.model)
-        # Peak rates are kept here, not in the optimizer's state: after a resume the config's count.
-        self._peak_rates = [group["lr"] for group in optimizer.param_groups]
+        # Kept here, because a resume overwrites the optimizer's with those of the checkpoint.
+        self._settings = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in optimizer.param_groups
+        ]
         return optimizer
 
     # Training
 
     def on_train_start(self) -> None:
+        for group, settings in zip(self.optimizers().param_groups, self._settings, strict=True):
+            group.update(settings)  # after a resume, too, what is configured now counts
         self.budget.clock.start()
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
@@ -69,8 +74,8 @@ class SequenceTask(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         factor = self._schedule(self.trainer.global_step, self.budget.progress)
-        for group, peak in zip(optimizer.param_groups, self._peak_rates, strict=True):
-            group["lr"] = peak * factor
+        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
+            group["lr"] = settings["lr"] * factor
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None, *_, **__

@@ -61,6 +61,10 @@ def attend(
         Online softmax and the backward pass of FlashAttention-2, Dao 2023, arXiv:2307.08691;
         the gradient through ``lse`` joins there as ``dS = P (dP - (delta - dlse))``.
     """
+    if not isinstance(pattern, Pattern):
+        raise ValueError(
+            f"pattern must be a Pattern, got {pattern!r}; `kernels.patterns.parse` reads text."
+        )
     _check_inputs(q, k, v)
     _check_positions(q, k, documents, q_position, k_position, tiles)
     if implementation not in get_args(Implementation):

@@ -30,23 +30,36 @@ def attend(
     dtype = torch.promote_types(q.dtype, torch.float32)
     group = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
-    with torch.autocast(q.device.type, enabled=False):
-        q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
-        out, lse = _Attend.apply(q, k, v, mask, scale)
+    q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
+    out, lse = _Attend.apply(q, k, v, mask, scale)
     return out.to(out_dtype), lse
+
+
+def _without_autocast(function):
+    """Compute in the dtype of the inputs, also where the caller's products are autocast."""
+
+    @functools.wraps(function)
+    def exact(ctx, tensor, *rest):
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *rest)
+
+    return exact
 
 
 class _Attend(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(ctx, q, k, v, mask, scale):
         out = v.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3])
         for rows, columns, visible in mask.chunks():
-            score = _scores(q[:, :, rows], _gather(k, columns), visible, scale)
+            unseen = ~visible.any(dim=2)
+            k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
+            score = _scores(q[:, :, rows], k_chunk, visible, scale)
             largest = score.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
             weight = score.sub_(largest).exp_()  # 0 where nothing is visible: exp(-inf)
             total = weight.sum(dim=-1, keepdim=True)
-            out[:, :, rows] = weight @ _gather(v, columns) / total.masked_fill(total == 0, 1)
+            out[:, :, rows] = weight @ v_chunk / total.masked_fill(total == 0, 1)
             lse[:, :, rows] = (largest + total.log())[..., 0]
         ctx.save_for_backward(q, k, v, out, lse)
         ctx.mask, ctx.scale = mask, scale
@@ -54,6 +67,7 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx, dout, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -62,11 +76,13 @@ class _Attend(torch.autograd.Function):
         # dS = P (dP - (delta - dlse)), with delta = sum of dout * out over Dv.
         shift = ((dout * out).sum(dim=-1) - dlse).masked_fill(blind, 0)
         for rows, columns, visible in ctx.mask.chunks():
-            k_chunk, v_chunk = _gather(k, columns), _gather(v, columns)
+            unseen = ~visible.any(dim=2)
+            k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
             score = _scores(q[:, :, rows], k_chunk, visible, ctx.scale)
             p = score.sub_(lse[:, :, rows, None]).exp_()
             dp = dout[:, :, rows] @ v_chunk.mT
             ds = p * dp.sub_(shift[:, :, rows, None]) * ctx.scale
+            ds.masked_fill_(~visible, 0)  # 0 * inf, where an unseen value is huge
             dq[:, :, rows] = ds @ k_chunk
             _scatter_add(dk, columns, ds.mT @ q[:, :, rows])
             _scatter_add(dv, columns, p.mT @ dout[:, :, rows])
@@ -155,7 +171,7 @@ class Mask:
         return position if heads == 1 else position.repeat_interleave(self.heads // heads, dim=1)
 
 
-@functools.lru_cache(maxsize=128)
+@functools.lru_cache(maxsize=48)
 def _pattern_chunks(
     pattern: Pattern, heads: int, queries: int, keys: int, chunk: int, device: str
 ) -> tuple[list[Tensor], list[Tensor] | None]:
@@ -182,11 +198,17 @@ def _pattern_chunks(
     return columns, visible if cells <= KEPT_CELLS else None
 
 
-def _gather(x: Tensor, columns: Tensor) -> Tensor:
-    """``(B, H, L, D)`` and ``(H | 1, K)`` -> ``(B, H, K, D)``."""
+def _gather(x: Tensor, columns: Tensor, unseen: Tensor) -> Tensor:
+    """``(B, H, L, D)`` and ``(H | 1, K)`` -> ``(B, H, K, D)``, with 0 where ``unseen``.
+
+    ``unseen`` is ``(B | 1, H | 1, K)``: what no query of the chunk sees may not leak, not even as
+    0 * NaN.
+    """
     if len(columns) == 1:
-        return x.index_select(2, columns[0])
-    return x.flatten(1, 2).index_select(1, _flat(columns, x)).unflatten(1, columns.shape)
+        gathered = x.index_select(2, columns[0])
+    else:
+        gathered = x.flatten(1, 2).index_select(1, _flat(columns, x)).unflatten(1, columns.shape)
+    return gathered.masked_fill_(unseen[..., None], 0)
 
 
 def _scatter_add(x: Tensor, columns: Tensor, part: Tensor) -> None:

@@ -66,7 +66,8 @@ class Checkpoints(L.Callback):
         return {"lowest": self.lowest}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        self.lowest = state["lowest"]
+        if self.best.exists():  # else the record is that of the folder this run was taken from
+            self.lowest = state["lowest"]
 
     def _save_last(self, trainer: L.Trainer) -> None:
         if self.saved_step != trainer.global_step:

@@ -62,6 +62,7 @@ class Samples(L.Callback):
                 task.model,
                 prompt,
                 self.tokens,
+                context=self.length,
                 generator=torch.Generator().manual_seed(0),
                 **self.sampling,
             )
