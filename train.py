@@ -40,8 +40,10 @@ def main(config: DictConfig) -> float:
         trainer.loggers = instantiate(config.logger)
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
-        finally:
+        except (KeyboardInterrupt, SystemExit):  # a second Ctrl-C, which Lightning exits upon
             leave_if_interrupted(callbacks.get("interruption"))
+            raise
+    leave_if_interrupted(callbacks.get("interruption"))
     return float(trainer.callback_metrics.get("val/bits_per_byte", "nan"))
 
 

@@ -77,6 +77,7 @@ class SequenceData(L.LightningDataModule):
         self.batch_tokens, self.micro_tokens = batch_tokens, micro_tokens
         self.validation_tokens = validation_tokens
         self.workers, self.seed = workers, seed
+        self._prepared = False
 
     @property
     def tokens_per_step(self) -> int:
@@ -98,13 +99,15 @@ class SequenceData(L.LightningDataModule):
         return self.batch_tokens // size
 
     def prepare_data(self) -> None:
-        """Download, unpack and check the corpus; may be called again, and by several processes.
+        """Download, unpack and check the corpus, once; several processes may do so side by side.
 
         Raises:
             ValueError, OSError: if it cannot be had, or is shorter than a window.
         """
-        self.corpus.prepare()
-        self._training_windows()
+        if not self._prepared:  # train.py wants to know early, Lightning calls again
+            self.corpus.prepare()
+            self._training_windows()
+            self._prepared = True
 
     def setup(self, stage: str) -> None:
         if stage == "fit":  # complain before the model is moved to its device

@@ -183,3 +183,18 @@ def test_a_saved_config_cannot_interpolate_or_pass_positional_arguments(addition
 def test_text_that_is_no_configuration_is_refused(text):
     with pytest.raises(ValueError, match="saved configuration"):
         rebuild(text, "model")
+
+
+def test_aliases_that_would_grow_beyond_all_memory_are_refused_at_once():
+    levels = [f"l{n}: &l{n} [{', '.join([f'*l{n - 1}'] * 9)}]" for n in range(1, 30)]
+    bomb = "\n".join(["l0: &l0 [x]", *levels, "model: *l29"])
+    with pytest.raises(ValueError, match="refused"):
+        rebuild(bomb, "model")
+    with pytest.raises(ValueError, match="refused"):
+        rebuild("model: &m {a: *m}", "model")
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "model: 3", "a: [", ""])
+def test_a_saved_config_that_is_none_is_one_sentence(text):
+    with pytest.raises(ValueError, match="saved configuration"):
+        rebuild(text, "model")

@@ -105,12 +105,14 @@ def test_a_run_may_be_resumed_with_other_micro_batches(tmp_path, before, after):
     assert rest.curve("train/loss_nats") == pytest.approx(expected, abs=1e-5)
 
 
-def test_after_a_resume_the_config_decides_on_the_peak_learning_rate(tmp_path):
+def test_after_a_resume_the_config_decides_on_the_optimizers_settings(tmp_path):
     keeper = SaveAt(3, tmp_path / "last.ckpt")
     fit(tmp_path, callbacks=[keeper])
-    lower = partial(optimizers.adamw, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8)
-    _, rest = fit(tmp_path, tiny_task(optimizer=lower), resume=keeper.path)
+    other = partial(optimizers.adamw, lr=1e-4, betas=(0.8, 0.9), weight_decay=0.3, eps=1e-8)
+    trainer, rest = fit(tmp_path, tiny_task(optimizer=other), resume=keeper.path)
     assert max(rest.curve("train/learning_rate").values()) <= 1e-4
+    group = trainer.optimizers[0].param_groups[0]
+    assert (group["weight_decay"], group["betas"]) == (0.3, (0.8, 0.9))
 
 
 def test_dropout_differs_between_micro_batches_steps_and_ranks():

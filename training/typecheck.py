@@ -63,4 +63,6 @@ def _plain_arguments(target: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
 def _fits(value: Any, options: tuple[type, ...]) -> bool:
     if type(value) is int and float in options:
         return True
+    if type(value) in (int, float) and str in options:  # a text such as `16`, as yaml reads it
+        return True
     return type(value) in options
