@@ -20,8 +20,7 @@ CHOICES = [
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_choice_composes_and_resolves(group, choice):
-    override = f"{'+' if group == 'paths' else ''}{group}={choice}"
-    config = composed(override if group != "paths" else f"paths={choice}", "run_id=x")
+    config = composed(f"{group}={choice}", "run_id=x")
     OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
 
 
