@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_ROWS = 256  # rows that are evaluated at once where all cells of a pattern are visited
+from kernels.spans import DEAD, FULL, KNOWING, LIVE, UNKNOWN, Grid, Order, Spans, constant, meeting
+from kernels.tiles import TileList, count_cells, list_tiles
 
 
 class Pattern:
@@ -15,6 +16,7 @@ class Pattern:
 
     differs_by_head = False  # True if heads may see different keys
     is_causal = False  # True if it is certain that no query sees a later key
+    sees_itself = False  # True if it is certain that every query sees its own position
 
     def visible(self, i: Tensor, j: Tensor, head: int | Tensor = 0, *, length=None) -> Tensor:
         """Whether query ``i`` sees key ``j``: the definition, elementwise.
@@ -27,7 +29,7 @@ class Pattern:
         Raises:
             ValueError: if the pattern depends on ``length`` and none was given.
         """
-        return self._visible(i, j, head, length, Surroundings())
+        return self.bound()._visible(i, j, head, length)
 
     def dense(self, length: int, head: int = 0, device: torch.device | str = "cpu") -> Tensor:
         """All cells, ``(length, length)`` bool: the oracle of tests, quadratic in memory."""
@@ -35,23 +37,51 @@ class Pattern:
         seen = self.visible(position[:, None], position[None, :], head, length=length)
         return seen.expand(length, length)
 
+    def tiles(
+        self,
+        length: int,
+        tile: int | tuple[int, int],
+        heads: int = 1,
+        device: torch.device | str = "cpu",
+        keys: int | None = None,
+    ) -> TileList:
+        """The tiles with at least one visible cell, listed in O(listed tiles) time and memory.
+
+        Args:
+            length: number of queries.
+            tile: tokens of a tile, or of a tile of (queries, keys).
+            heads: number of heads; the list has one if they see alike.
+            device: where to compute the list.
+            keys: number of keys, default ``length``.
+
+        Raises:
+            ValueError: if a size is not positive.
+        """
+        sides = (tile, tile) if isinstance(tile, int) else tuple(tile)
+        keys = length if keys is None else keys
+        return list_tiles(self, Order(), Order(), length, keys, sides, heads, device)
+
     @functools.lru_cache(maxsize=256)  # noqa: B019 (patterns are small immutable values)
     def keys_per_query(self, length: int, heads: int = 1) -> float:
         """Mean number of visible keys over the queries and heads: the honest cost.
 
-        Visits every cell in O(``length``) memory; 1 s for 8,192 tokens and one head on a laptop.
+        Counted in O(live tiles) time and little memory.
         """
         heads = heads if self.differs_by_head else 1
-        j, cells = torch.arange(length)[None, :], 0
-        for head in range(heads):
-            for i in torch.arange(length)[:, None].split(_ROWS):
-                seen = self.visible(i, j, head, length=length)
-                cells += int(seen.expand(len(i), length).sum())
-        return cells / (length * heads)
+        return count_cells(self, length, heads) / (length * heads)
 
     def draw(self, length: int, head: int = 0) -> str:
         """Text raster, one line a query: ``x`` where the key is visible, ``.`` where not."""
         return "\n".join("".join(".x"[seen] for seen in row) for row in self.dense(length, head))
+
+    @functools.lru_cache(maxsize=256)  # noqa: B019 (patterns are small immutable values)
+    def bound(self) -> "Pattern":
+        """This pattern with all random terms knowing what surrounds them.
+
+        A bound term keeps its surroundings wherever it is put, so that an expression can be taken
+        apart and each part still shows what it showed in the whole.
+        """
+        return self._bind(Surroundings())
 
     def __and__(self, other: "Pattern") -> "Pattern":
         return And(_operands(And, self, other))
@@ -59,18 +89,38 @@ class Pattern:
     def __or__(self, other: "Pattern") -> "Pattern":
         return Or(_operands(Or, self, other))
 
-    def _visible(self, i, j, head, length, surroundings: "Surroundings") -> Tensor:
+    def _visible(self, i: Tensor, j: Tensor, head: int | Tensor, length: int | None) -> Tensor:
+        """``visible`` of a bound pattern; ``head`` may be on any device."""
         raise NotImplementedError
+
+    def _spans(self, grid: Grid) -> Spans:
+        """What is known of the tiles of ``grid`` without looking at cells, of a bound pattern.
+
+        Tiles without any token may be given any value.
+        """
+        raise NotImplementedError
+
+    def _bind(self, surroundings: "Surroundings") -> "Pattern":
+        return self
 
     def _without_random(self, replacement: "Pattern") -> "Pattern":
         """This pattern with every random term replaced."""
         return self
 
+    def _of_head(self, head: int) -> "Pattern":
+        """What a pattern without random terms shows one head."""
+        return self
+
 
 @dataclass(frozen=True, repr=False)
 class Full(Pattern):
-    def _visible(self, i, j, head, length, surroundings):
+    sees_itself = True
+
+    def _visible(self, i, j, head, length):
         return torch.ones_like(i + j, dtype=torch.bool)
+
+    def _spans(self, grid):
+        return constant(grid, FULL)
 
     def __repr__(self) -> str:
         return "full()"
@@ -82,8 +132,14 @@ class Nothing(Pattern):
 
     is_causal = True
 
-    def _visible(self, i, j, head, length, surroundings):
+    def _visible(self, i, j, head, length):
         return torch.zeros_like(i + j, dtype=torch.bool)
+
+    def _spans(self, grid):
+        return constant(grid, DEAD)
+
+    def __repr__(self) -> str:
+        return "nothing()"
 
 
 @dataclass(frozen=True)
@@ -107,6 +163,13 @@ class Surroundings:
                 beside = beside | other._without_random(Nothing())
         return Surroundings(around, beside)
 
+    @property
+    def differ_by_head(self) -> bool:
+        return self.around.differs_by_head or self.beside.differs_by_head
+
+    def of_head(self, head: int) -> "Surroundings":
+        return Surroundings(self.around._of_head(head), self.beside._of_head(head))
+
 
 @dataclass(frozen=True, repr=False)
 class _Combination(Pattern):
@@ -116,15 +179,26 @@ class _Combination(Pattern):
     def differs_by_head(self) -> bool:
         return any(operand.differs_by_head for operand in self.operands)
 
-    def _visible(self, i, j, head, length, surroundings):
-        seen = [
-            operand._visible(i, j, head, length, surroundings.inside(self.operands, n, type(self)))
-            for n, operand in enumerate(self.operands)
-        ]
+    def _visible(self, i, j, head, length):
+        seen = (operand._visible(i, j, head, length) for operand in self.operands)
         return functools.reduce(self.join, seen)
+
+    def _spans(self, grid):
+        return functools.reduce(self.join, (operand._spans(grid) for operand in self.operands))
+
+    def _bind(self, surroundings):
+        return type(self)(
+            tuple(
+                operand._bind(surroundings.inside(self.operands, n, type(self)))
+                for n, operand in enumerate(self.operands)
+            )
+        )
 
     def _without_random(self, replacement):
         return type(self)(tuple(p._without_random(replacement) for p in self.operands))
+
+    def _of_head(self, head):
+        return type(self)(tuple(p._of_head(head) for p in self.operands))
 
     def __repr__(self) -> str:
         # `&` binds tighter than `|`, so only an Or inside an And needs parentheses.
@@ -145,6 +219,18 @@ class And(_Combination):
     def is_causal(self) -> bool:
         return any(operand.is_causal for operand in self.operands)
 
+    @property
+    def sees_itself(self) -> bool:
+        return all(operand.sees_itself for operand in self.operands)
+
+    def _spans(self, grid):
+        spans = super()._spans(grid)
+        if grid.unit and self.sees_itself:
+            # Two terms that each show part of a tile may have no cell in common, but on the
+            # diagonal they do: this spares a look at the cells of every tile there.
+            spans = spans.combine(meeting(grid, LIVE, UNKNOWN), KNOWING)
+        return spans
+
 
 class Or(_Combination):
     """Visible where any operand is."""
@@ -154,6 +240,41 @@ class Or(_Combination):
     @property
     def is_causal(self) -> bool:
         return all(operand.is_causal for operand in self.operands)
+
+    @property
+    def sees_itself(self) -> bool:
+        return any(operand.sees_itself for operand in self.operands)
+
+
+@dataclass(frozen=True, repr=False)
+class Not(Pattern):
+    """Visible where the operand is not: what one pass over a pattern leaves to another."""
+
+    operand: Pattern
+
+    @property
+    def differs_by_head(self) -> bool:
+        return self.operand.differs_by_head
+
+    def _visible(self, i, j, head, length):
+        return ~self.operand._visible(i, j, head, length)
+
+    def _spans(self, grid):
+        return ~self.operand._spans(grid)
+
+    def _bind(self, surroundings):
+        return Not(self.operand._bind(surroundings))
+
+    def _without_random(self, replacement):
+        opposite = Nothing() if replacement == Full() else Full()
+        return Not(self.operand._without_random(opposite))
+
+    def _of_head(self, head):
+        return Not(self.operand._of_head(head))
+
+    def __repr__(self) -> str:
+        combined = isinstance(self.operand, _Combination)
+        return f"~({self.operand!r})" if combined else f"~{self.operand!r}"
 
 
 def _operands(kind: type, *patterns: Pattern) -> tuple[Pattern, ...]:

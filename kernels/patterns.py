@@ -13,17 +13,37 @@ patterns, ``repr`` is canonical text, and ``parse`` reads that text back (the sa
 """
 
 import ast
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from kernels.algebra import Full, Pattern
-from kernels.terms import Causal, GlobalTokens, RandomBlocks, Window
+from kernels.terms import (
+    Blocks,
+    Causal,
+    Dilated,
+    Fixed,
+    GlobalTokens,
+    Others,
+    PerHead,
+    RandomBlocks,
+    Strided,
+    Window,
+)
 
 __all__ = [
     "Pattern",
+    "blocks",
     "causal",
+    "dilated",
+    "fixed",
     "full",
     "global_tokens",
+    "others",
     "parse",
+    "per_head",
     "random_blocks",
+    "strided",
     "window",
 ]
 
@@ -49,13 +69,71 @@ def window(left: int, right: int | None = None, *, block: int = 1) -> Pattern:
     Raises:
         ValueError: if a size is negative, or ``window(w)`` would see nothing.
     """
-    _require(block >= 1, "window", f"block={block}", "block must be at least 1")
+    _at_least(1, "window", block=block)
     if right is None:
-        _require(left >= 1, "window", left, "the number of keys must be at least 1")
+        _at_least(1, "window", keys=left)
         return Window(left - 1, 0, block)
-    given = f"{left}, {right}"
-    _require(left >= 0 and right >= 0, "window", given, "both sides must be 0 or more")
+    _at_least(0, "window", left=left, right=right)
     return Window(left, right, block)
+
+
+def dilated(left: int, right: int, step: int | None = None) -> Pattern:
+    """A window with gaps: every ``step``-th key.
+
+    ``dilated(w, d)``: ``i - j`` is one of ``0, d, 2 d, ... (w - 1) d``.
+    ``dilated(left, right, d)``: ``j = i + m d`` with ``-left <= m <= right``.
+
+    Raises:
+        ValueError: if a size is negative, the step 0, or ``dilated(w, d)`` would see nothing.
+
+    Source:
+        Longformer, Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
+    """
+    if step is None:
+        _at_least(1, "dilated", keys=left, step=right)
+        return Dilated(left - 1, 0, right)
+    _at_least(0, "dilated", left=left, right=right)
+    _at_least(1, "dilated", step=step)
+    return Dilated(left, right, step)
+
+
+def strided(stride: int) -> Pattern:
+    """Visible when ``i - j`` is a multiple of ``stride``: the column part alone.
+
+    The pattern of the paper is ``causal() & (window(l) | strided(l))``, here with ``l`` keys in
+    the window as in the released code; the text of the paper has ``l + 1``.
+
+    Raises:
+        ValueError: if ``stride`` is not positive.
+
+    Source:
+        Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3.
+    """
+    _at_least(1, "strided", stride=stride)
+    return Strided(stride)
+
+
+def fixed(length: int, cells: int, sub_block: int = 0) -> Pattern:
+    """Visible when the key is in the query's block, or a summary cell of its own block.
+
+    Blocks have ``length`` tokens; the summary cells of each are ``cells`` neighbours, the last ones
+    or, with ``sub_block=s``, those that stand ``s * cells`` before. The paper's pattern is
+    ``causal() & fixed(length, cells)``; its heads use sub-blocks of their own.
+
+    Raises:
+        ValueError: if a size is out of range, or a block is too short for the sub-block.
+
+    Source:
+        Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3.
+    """
+    _at_least(1, "fixed", length=length, cells=cells)
+    _at_least(0, "fixed", sub_block=sub_block)
+    if cells * (sub_block + 1) > length:
+        raise ValueError(
+            f"fixed needs cells * (sub_block + 1) <= length, "
+            f"got length={length}, cells={cells}, sub_block={sub_block}."
+        )
+    return Fixed(length, cells, sub_block)
 
 
 def global_tokens(count: int) -> Pattern:
@@ -64,8 +142,54 @@ def global_tokens(count: int) -> Pattern:
     Raises:
         ValueError: if ``count`` is not positive.
     """
-    _require(count >= 1, "global_tokens", count, "the number of tokens must be at least 1")
+    _at_least(1, "global_tokens", count=count)
     return GlobalTokens(count)
+
+
+def blocks(layout: Tensor | str | Sequence[Sequence], block: int) -> Pattern:
+    """Any given layout: visible when ``layout[i // block][j // block]``; nothing beyond it.
+
+    Args:
+        layout: ``(N, N)`` bool tensor, nested sequence of truth values, or rows of ``x`` and ``.``
+            (a sequence, or one text with ``/`` or new lines between them, as ``draw`` gives it).
+        block: tokens of a block.
+
+    Raises:
+        ValueError: if the layout is empty or not square, or ``block`` is not positive.
+    """
+    _at_least(1, "blocks", block=block)
+    rows = layout.replace("/", "\n").split() if isinstance(layout, str) else layout
+    rows = rows.tolist() if isinstance(rows, Tensor) else rows
+    rows = tuple(
+        row if isinstance(row, str) else "".join(".x"[bool(seen)] for seen in row) for row in rows
+    )
+    widths = sorted({len(row) for row in rows})
+    if widths != [len(rows)] or set("".join(rows)) - set(".x"):
+        raise ValueError(
+            f"blocks needs a square layout of x and ., got {len(rows)} rows of {widths} cells "
+            f"from {sorted(set(''.join(rows)))}."
+        )
+    return Blocks(rows, block)
+
+
+def others() -> Pattern:
+    """Visible when ``i != j``."""
+    return Others()
+
+
+def per_head(*patterns: Pattern) -> Pattern:
+    """Head ``h`` sees ``patterns[h % len(patterns)]``.
+
+    Raises:
+        ValueError: if there is no pattern.
+        TypeError: if one of them is something else.
+    """
+    if not patterns:
+        raise ValueError("per_head needs at least one pattern, got none.")
+    for pattern in patterns:
+        if not isinstance(pattern, Pattern):
+            raise TypeError(f"per_head takes patterns, got {pattern!r}")
+    return PerHead(patterns)
 
 
 def random_blocks(count: int, block: int, seed: int = 0, layer: int = 0) -> Pattern:
@@ -86,17 +210,25 @@ def random_blocks(count: int, block: int, seed: int = 0, layer: int = 0) -> Patt
     Raises:
         ValueError: if ``count`` or ``block`` is not positive.
     """
-    _require(count >= 1, "random_blocks", count, "the number of blocks must be at least 1")
-    _require(block >= 1, "random_blocks", f"block={block}", "block must be at least 1")
+    _at_least(1, "random_blocks", count=count, block=block)
+    _at_least(-(2**63), "random_blocks", seed=seed, layer=layer)
     return RandomBlocks(count, block, seed, layer)
 
 
-def _require(condition: bool, term: str, given: object, rule: str) -> None:
-    if not condition:
-        raise ValueError(f"{rule}, got {term}({given}).")
+def _at_least(least: int, term: str, **given: int) -> None:
+    for name, value in given.items():
+        # Positions are 64-bit integers, and True is no size.
+        if type(value) is not int or not least <= value < 2**63:
+            raise ValueError(
+                f"{name} must be a whole number of at least {least}, got {term}({name}={value!r})."
+            )
 
 
-_CONSTRUCTORS = {f.__name__: f for f in (causal, full, window, global_tokens, random_blocks)}
+_TERMS = (
+    causal, full, window, dilated, strided, fixed, global_tokens, random_blocks, blocks, others,
+    per_head,
+)  # fmt: skip
+_CONSTRUCTORS = {term.__name__: term for term in _TERMS}
 
 
 def parse(text: str) -> Pattern:
@@ -123,13 +255,15 @@ def _build(node: ast.expr) -> Pattern:
         case ast.Call(func=ast.Name(id=name), args=args, keywords=keywords):
             if name not in _CONSTRUCTORS:
                 raise TypeError(f"there is no term {name!r}")
-            options = {k.arg: _number(k.value) for k in keywords}
-            return _CONSTRUCTORS[name](*map(_number, args), **options)
+            options = {keyword.arg: _argument(keyword.value) for keyword in keywords}
+            return _CONSTRUCTORS[name](*map(_argument, args), **options)
     raise TypeError(f"{ast.unparse(node)!r} is not a term")
 
 
-def _number(node: ast.expr) -> int:
+def _argument(node: ast.expr) -> int | str | Pattern:
+    if isinstance(node, ast.Call | ast.BinOp):
+        return _build(node)
     value = ast.literal_eval(node)
-    if type(value) is not int:
+    if type(value) not in (int, str):
         raise TypeError(f"{ast.unparse(node)} is not a whole number")
     return value

@@ -7,35 +7,52 @@ arguments enters: no generator, no state.
 import torch
 from torch import Tensor
 
+from kernels.spans import FULL, Spans
 
-def draw_blocks(candidates: Tensor, count: int, heads: int, key: tuple[int, ...]) -> Tensor:
+
+def draw_blocks(
+    candidates: Spans, count: int, heads: tuple[int, ...], key: tuple[int, ...]
+) -> Tensor:
     """Draw up to ``count`` key blocks for every head and query block.
 
     Draw number ``n`` of a row takes the ``(hash mod left)``-th of the ``left`` candidates that the
     draws before it have left over, counted from block 0.
 
     Args:
-        candidates: which key blocks may be drawn, ``(query blocks, key blocks)`` bool.
+        candidates: which key blocks may be drawn for each query block: the full ones.
         count: blocks to draw for each query block.
-        heads: number of heads, each with draws of its own.
+        heads: numbers of the heads, each with draws of its own.
         key: integers that select the plan (seed, layer, ...).
 
     Returns:
         Drawn key blocks, ``(heads, query blocks, count)`` int64, -1 where candidates ran out.
     """
-    rows, columns = candidates.shape
-    head, row = torch.arange(heads)[:, None], torch.arange(rows)[None, :]
-    left_over = candidates.expand(heads, rows, columns).clone()
-    drawn = torch.full((heads, rows, count), -1)
+    device = candidates.key.device
+    width = torch.where(candidates.value == FULL, candidates.widths(), 0)
+    last = width.cumsum(0)  # candidates up to the end of each step, over all rows
+    step = torch.searchsorted(candidates.key, candidates.row_keys())
+    before = torch.cat([last.new_zeros(1), last])[step]  # ... before each row, and in all
+    head = torch.tensor(heads, device=device)[:, None]
+    row = torch.arange(candidates.rows, device=device)[None, :]
+    rank = _draw_ranks(before.diff(), count, key, head, row)
+    place = before[:-1, None] + rank  # among the candidates of all rows
+    step = torch.searchsorted(last, place, right=True).clamp(max=len(last) - 1)
+    block = candidates.key[step] % candidates.stride + place - (last - width)[step]
+    return torch.where(rank >= 0, block, -1)
+
+
+def _draw_ranks(candidates: Tensor, count: int, key: tuple[int, ...], head, row) -> Tensor:
+    """Which of each row's candidates are drawn, ``(heads, rows, count)``, -1 for none."""
+    drawn, ranks = [], torch.empty(*torch.broadcast_shapes(head.shape, row.shape), 0).long()
+    ranks = ranks.to(row.device)  # of earlier draws, ascending
     for n in range(count):
-        left = left_over.sum(dim=2)  # (heads, rows)
+        left = candidates - n
         rank = hash_integers(*key, head, row, n) % left.clamp(min=1)
-        # The candidate of that rank is where the running count first exceeds it.
-        block = (left_over.cumsum(dim=2) <= rank[:, :, None]).sum(dim=2)
-        found = left > 0
-        drawn[:, :, n] = torch.where(found, block, -1)
-        left_over.scatter_(2, block.clamp(max=columns - 1)[:, :, None], False)
-    return drawn
+        for earlier in ranks.unbind(dim=2):  # step over what is gone
+            rank = rank + (rank >= earlier)
+        ranks = torch.cat([ranks, rank[:, :, None]], dim=2).sort(dim=2).values
+        drawn.append(torch.where(left > 0, rank, -1))
+    return torch.stack(drawn, dim=2)
 
 
 def hash_integers(*parts: int | Tensor) -> Tensor:

@@ -1,17 +1,15 @@
 """Attention over the visible cells of a pattern: the one operation under every family."""
 
-from typing import Literal, get_args
-
 import torch
 from torch import Tensor
 
-from kernels.attend import reference
+from kernels.attend import operator, reference
+from kernels.dispatch import Implementation, choose
 from kernels.patterns import Pattern
 from kernels.tiles import TileList
 
 __all__ = ["Implementation", "attend", "merge"]
 
-Implementation = Literal["auto", "reference"]
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 
 
@@ -47,7 +45,8 @@ def attend(
             visible.
         out_dtype: dtype of ``out``, default that of ``q``. Partial results that will be merged
             should ask for float32.
-        implementation: ``"reference"``, or ``"auto"`` (the fastest one that is right here).
+        implementation: ``"reference"`` (plain PyTorch), ``"fused"`` (Triton), or ``"auto"``: fused
+            on a GPU, reference elsewhere.
 
     Returns:
         ``out (B, Hq, Lq, Dv)`` and ``lse (B, Hq, Lq)``, the natural logarithm of the sum of the
@@ -65,18 +64,22 @@ def attend(
         raise ValueError(
             f"pattern must be a Pattern, got {pattern!r}; `kernels.patterns.parse` reads text."
         )
+    q, k, v = _autocast(q, k, v)
     _check_inputs(q, k, v)
     _check_positions(q, k, documents, q_position, k_position, tiles)
-    if implementation not in get_args(Implementation):
-        raise ValueError(
-            f"implementation must be one of {get_args(Implementation)}, got {implementation!r}."
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, got {scale}; change the sign of q instead.")
+    out_dtype = out_dtype or q.dtype
+    if choose(implementation, q.device, q.dtype) == "fused":
+        return operator.attend(
+            q, k, v, pattern, scale, documents, q_position, k_position, tiles, out_dtype
         )
     mask = reference.Mask(
         pattern, q.shape[1], q.shape[2], k.shape[2], q.device,
         documents, q_position, k_position, tiles,
     )  # fmt: skip
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
-    return reference.attend(q, k, v, mask, scale, out_dtype or q.dtype)
+    return reference.attend(q, k, v, mask, scale, out_dtype)
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -100,6 +103,17 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     weight = torch.exp(lse.masked_fill(nothing, float("-inf")) - total)
     out = sum(out * w[..., None].to(out.dtype) for (out, _), w in zip(parts, weight, strict=True))
     return out, total.masked_fill(nothing.all(dim=0), float("-inf"))
+
+
+def _autocast(*tensors: Tensor) -> list[Tensor]:
+    """What autocast makes of them: under it, one dtype.
+
+    (``torch.library.register_autocast`` knows one dtype a device, not the one that is in force.)
+    """
+    device = tensors[0].device.type
+    if not torch.is_autocast_enabled(device):
+        return list(tensors)
+    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:

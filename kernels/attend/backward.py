@@ -1,0 +1,239 @@
+"""Backward pass in Triton: dQ over the tile list, then dK and dV over its inverse; no atomics.
+
+With ``P = exp(S - lse)`` of the *whole* attention, every pass of a pattern adds its own tiles:
+``dS = P (dP - shift)``, ``shift = sum(dout * out) - dlse`` (FlashAttention-2, Dao 2023,
+arXiv:2307.08691, with the gradient through lse added).
+"""
+
+import triton
+import triton.language as tl
+
+from kernels.primitives import (
+    LOG2_E,
+    document_range,
+    entries_of_documents,
+    entries_of_piece,
+    is_of_document,
+    load_rows,
+    load_tile,
+    positions_of,
+    store_rows,
+    token_of,
+    work_item,
+)
+
+
+@triton.jit
+def query_kernel(
+    q_ptr, k, v, out_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, dq_ptr, prior_ptr, part_ptr,
+    q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride,
+    group_size, items, offsets, entries, table, head_of, documents, q_position, k_position,
+    q_position_stride, k_position_stride, offsets_stride, table_stride,
+    scale, heads, launch_heads, work, slots, rows, queries, keys,
+    q_step, k_run, k_step, k_first,
+    RULE: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of a tile of queries. The first pass of a chain also stores ``shift``."""
+    item = tl.program_id(0) % work
+    batch_head = tl.program_id(0) // work
+    batch = (batch_head // launch_heads).to(tl.int64)
+    head = tl.load(head_of + batch_head % launch_heads)
+    row, piece, pieces, slot = work_item(items, item)
+    low, high = entries_of_piece(offsets + head * offsets_stride, row, piece, pieces)
+    table += head * table_stride
+    kv_head = head // group_size
+
+    group = row // rows
+    i = token_of(row % rows * BLOCK_I + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_ptr += batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
+    dout_ptr += batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
+    q = load_rows(q_ptr, i, queries, q_stride[2], d, q_stride[3], D)
+    dout = load_rows(dout_ptr, i, queries, dout_stride[2], dv, dout_stride[3], DV)
+    row_base = (batch * heads + head) * queries
+    lse = tl.load(lse_ptr + row_base + i, mask=i < queries, other=float("-inf"))
+    blind = lse == float("-inf")  # no visible key, or no query: every weight is exp2(-inf) = 0
+    lse = tl.where(blind, float("inf"), lse) * LOG2_E
+    if prior_ptr is not None:
+        shift = tl.load(shift_ptr + row_base + i, mask=i < queries, other=0.0)
+    else:
+        out_ptr += batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
+        out = load_rows(out_ptr, i, queries, out_stride[2], dv, out_stride[3], DV)
+        shift = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
+        if dlse_ptr is not None:
+            shift -= tl.load(dlse_ptr + row_base + i, mask=i < queries, other=0.0)
+        shift = tl.where(blind, 0.0, shift)
+        tl.store(shift_ptr + row_base + i, shift, mask=i < queries)
+    dout = dout.to(q.dtype)
+    k_base = batch * k_stride[0] + kv_head.to(tl.int64) * k_stride[1]
+    v_base = batch * v_stride[0] + kv_head.to(tl.int64) * v_stride[1]
+    i_position = positions_of(q_position, q_position_stride, batch, head, i, queries)
+    if documents is not None:
+        documents += batch * queries
+        i_document, first_document, last_document = document_range(documents, i, queries)
+        low, high = entries_of_documents(
+            entries, low, high, documents, first_document, last_document, keys, BLOCK_J,
+            group, k_run, k_step, k_first, K_ORDER)  # fmt: skip
+
+    dq = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    for entry in tl.range(low, high, num_stages=STAGES):
+        tile = tl.load(entries + entry)
+        j_slot = (tile >> 1) * BLOCK_J
+        j = token_of(j_slot + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
+        k_tile = load_tile(k, k_base, batch.to(tl.int32), kv_head, j_slot, j, keys, k_stride[2], d,
+                           k_stride[3], D, TMA)  # fmt: skip
+        v_tile = load_tile(v, v_base, batch.to(tl.int32), kv_head, j_slot, j, keys, v_stride[2], dv,
+                           v_stride[3], DV, TMA)  # fmt: skip
+        score = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+        dweight = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
+        weight = tl.exp2(score * (scale * LOG2_E) - lse[:, None])
+        dscore = weight * (dweight - shift[:, None])
+        last = token_of(j_slot + BLOCK_J - 1, group, k_run, k_step, k_first, K_ORDER)
+        whole = (tile & 1) & (last < keys)
+        if documents is not None:
+            whole = whole & (first_document == last_document)
+            whole = whole & is_of_document(documents, j, keys, first_document)
+        if whole == 0:
+            j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
+            seen = RULE(i_position[:, None], j_position[None, :], table) & (j < keys)[None, :]
+            if documents is not None:
+                j_document = tl.load(documents + j, mask=j < keys, other=-2)
+                seen = seen & (i_document[:, None] == j_document[None, :])
+            dscore = tl.where(seen, dscore, 0.0)
+        dq = tl.dot(dscore.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
+
+    dq = dq * scale
+    if slot >= 0:
+        r = tl.arange(0, BLOCK_I)
+        part = batch_head.to(tl.int64) * slots + slot
+        store_rows(part_ptr + part * BLOCK_I * D, dq, r, BLOCK_I, D, d, D)
+    else:
+        base = batch * dq_stride[0] + head.to(tl.int64) * dq_stride[1]
+        if prior_ptr is not None:
+            dq += load_rows(prior_ptr + base, i, queries, dq_stride[2], d, 1, D)
+        store_rows(dq_ptr + base, dq, i, queries, dq_stride[2], d, D)
+
+
+@triton.jit
+def key_kernel(
+    q, k_ptr, v_ptr, dout, lse_ptr, shift_ptr, dk_ptr, dv_ptr, dk_prior_ptr, dv_prior_ptr,
+    dk_part_ptr, dv_part_ptr,
+    q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride,
+    kv_of, items, offsets, entries, table, head_of, documents, q_position, k_position,
+    q_position_stride, k_position_stride, offsets_stride, table_stride,
+    scale, heads, launch_heads, work, slots, rows, queries, keys,
+    q_step, k_run, k_step, k_first,
+    RULE: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, summed over the query heads that share them.
+
+    ``kv_of`` holds ``(key head, first, last)``: heads ``head_of[first:last]`` share the key head.
+    """
+    item = tl.program_id(0) % work
+    batch_head = tl.program_id(0) // work
+    batch = (batch_head // launch_heads).to(tl.int64)
+    shared = kv_of + 3 * (batch_head % launch_heads)
+    kv_head, first_head, last_head = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
+    row, piece, pieces, slot = work_item(items, item)
+
+    group = row // rows
+    j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
+    d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k_ptr += batch * k_stride[0] + kv_head.to(tl.int64) * k_stride[1]
+    v_ptr += batch * v_stride[0] + kv_head.to(tl.int64) * v_stride[1]
+    k = load_rows(k_ptr, j, keys, k_stride[2], d, k_stride[3], D)
+    v = load_rows(v_ptr, j, keys, v_stride[2], d_value, v_stride[3], DV)
+    j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
+    if documents is not None:
+        documents += batch * queries
+        j_document, first_document, last_document = document_range(documents, j, keys)
+
+    dk = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+    dv = tl.zeros((BLOCK_J, BLOCK_DV), tl.float32)
+    for shared_head in range(first_head, last_head):
+        head = tl.load(head_of + shared_head)
+        low, high = entries_of_piece(offsets + head * offsets_stride, row, piece, pieces)
+        if documents is not None:
+            low, high = entries_of_documents(
+                entries, low, high, documents, first_document, last_document, queries, BLOCK_I,
+                group, 1, q_step, 0, Q_ORDER)  # fmt: skip
+        numbers = table + head * table_stride
+        q_base = batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
+        dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
+        row_base = (batch * heads + head) * queries
+        for entry in tl.range(low, high, num_stages=STAGES):
+            tile = tl.load(entries + entry)
+            i_slot = (tile >> 1) * BLOCK_I
+            i = token_of(i_slot + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
+            q_tile = load_tile(q, q_base, batch.to(tl.int32), head, i_slot, i, queries, q_stride[2],
+                               d, q_stride[3], D, TMA)  # fmt: skip
+            dout_tile = load_tile(dout, dout_base, batch.to(tl.int32), head, i_slot, i, queries,
+                                  dout_stride[2], d_value, dout_stride[3], DV, TMA)  # fmt: skip
+            dout_tile = dout_tile.to(q_tile.dtype)
+            lse = tl.load(lse_ptr + row_base + i, mask=i < queries, other=float("-inf"))
+            lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+            shift = tl.load(shift_ptr + row_base + i, mask=i < queries, other=0.0)
+            score = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # (j, i)
+            weight = tl.exp2(score * (scale * LOG2_E) - lse[None, :])
+            dweight = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
+            dscore = weight * (dweight - shift[None, :])
+            whole = tile & 1
+            if documents is not None:
+                whole = whole & (first_document == last_document)
+                whole = whole & is_of_document(documents, i, queries, first_document)
+            if whole == 0:
+                i_position = positions_of(q_position, q_position_stride, batch, head, i, queries)
+                seen = RULE(i_position[None, :], j_position[:, None], numbers)
+                if documents is not None:
+                    i_document = tl.load(documents + i, mask=i < queries, other=-2)
+                    seen = seen & (i_document[None, :] == j_document[:, None])
+                weight = tl.where(seen, weight, 0.0)
+                dscore = tl.where(seen, dscore, 0.0)
+            dv = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+            dk = tl.dot(dscore.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
+
+    dk = dk * scale
+    if slot >= 0:
+        r = tl.arange(0, BLOCK_J)
+        part = batch_head.to(tl.int64) * slots + slot
+        store_rows(dk_part_ptr + part * BLOCK_J * D, dk, r, BLOCK_J, D, d, D)
+        store_rows(dv_part_ptr + part * BLOCK_J * DV, dv, r, BLOCK_J, DV, d_value, DV)
+    else:
+        dk_base = batch * dk_stride[0] + kv_head.to(tl.int64) * dk_stride[1]
+        dv_base = batch * dv_stride[0] + kv_head.to(tl.int64) * dv_stride[1]
+        if dk_prior_ptr is not None:
+            dk += load_rows(dk_prior_ptr + dk_base, j, keys, dk_stride[2], d, 1, D)
+            dv += load_rows(dv_prior_ptr + dv_base, j, keys, dv_stride[2], d_value, 1, DV)
+        store_rows(dk_ptr + dk_base, dk, j, keys, dk_stride[2], d, D)
+        store_rows(dv_ptr + dv_base, dv, j, keys, dv_stride[2], d_value, DV)
+
+
+@triton.jit
+def sum_pieces_kernel(
+    dx_ptr, prior_ptr, part_ptr, dx_stride, pieces_of, head_of, head_stride,
+    launch_heads, work, slots, rows, tokens, run, step, first,
+    ORDER: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """Add up the pieces of rows that were cut, in order: ``pieces_of`` is ``(row, slot, pieces)``."""
+    item = tl.program_id(0) % work
+    batch_head = tl.program_id(0) // work
+    batch = (batch_head // launch_heads).to(tl.int64)
+    head = tl.load(head_of + head_stride * (batch_head % launch_heads))
+    row, slot = tl.load(pieces_of + 3 * item), tl.load(pieces_of + 3 * item + 1)
+    pieces = tl.load(pieces_of + 3 * item + 2)
+    r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    token = token_of(row % rows * BLOCK + r, row // rows, run, step, first, ORDER)
+    base = batch * dx_stride[0] + head.to(tl.int64) * dx_stride[1]
+    dx = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    if prior_ptr is not None:
+        dx += load_rows(prior_ptr + base, token, tokens, dx_stride[2], d, 1, D)
+    for piece in range(pieces):
+        part = batch_head.to(tl.int64) * slots + slot + piece
+        dx += load_rows(part_ptr + part * BLOCK * D, r, BLOCK, D, d, 1, D)
+    store_rows(dx_ptr + base, dx, token, tokens, dx_stride[2], d, D)

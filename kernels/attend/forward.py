@@ -1,0 +1,152 @@
+"""Forward pass in Triton: one program per (batch, head, tile of queries), over its live tiles of keys."""
+
+import triton
+import triton.language as tl
+
+from kernels.primitives import (
+    LOG2_E,
+    document_range,
+    entries_of_documents,
+    entries_of_piece,
+    is_of_document,
+    load_rows,
+    load_tile,
+    positions_of,
+    softmax_step,
+    store_rows,
+    token_of,
+    work_item,
+)
+
+
+@triton.jit
+def forward_kernel(
+    q_ptr, k, v, out_ptr, lse_ptr, prior_ptr, part_ptr, part_lse_ptr,
+    q_stride, k_stride, v_stride, out_stride,
+    group_size, items, offsets, entries, table, head_of, documents, q_position, k_position,
+    q_position_stride, k_position_stride, offsets_stride, table_stride,
+    scale, heads, launch_heads, work, slots, rows, queries, keys,
+    q_step, k_run, k_step, k_first,
+    RULE: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """``work`` items are ``(row, piece, pieces, slot)``: a row with many tiles is cut into pieces.
+
+    A whole row (slot < 0) is written to ``out`` and ``lse``, merged with the pass before it if there
+    was one (its output in ``prior``, its lse in ``lse``); a piece goes to its slot of ``part``.
+    """
+    item = tl.program_id(0) % work
+    batch_head = tl.program_id(0) // work
+    batch = (batch_head // launch_heads).to(tl.int64)
+    head = tl.load(head_of + batch_head % launch_heads)
+    row, piece, pieces, slot = work_item(items, item)
+    low, high = entries_of_piece(offsets + head * offsets_stride, row, piece, pieces)
+    table += head * table_stride
+    kv_head = head // group_size
+
+    group = row // rows
+    i = token_of(row % rows * BLOCK_I + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_ptr += batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
+    q = load_rows(q_ptr, i, queries, q_stride[2], d, q_stride[3], D)
+    k_base = batch * k_stride[0] + kv_head.to(tl.int64) * k_stride[1]
+    v_base = batch * v_stride[0] + kv_head.to(tl.int64) * v_stride[1]
+    i_position = positions_of(q_position, q_position_stride, batch, head, i, queries)
+    if documents is not None:
+        documents += batch * queries
+        i_document, first_document, last_document = document_range(documents, i, queries)
+        low, high = entries_of_documents(
+            entries, low, high, documents, first_document, last_document, keys, BLOCK_J,
+            group, k_run, k_step, k_first, K_ORDER)  # fmt: skip
+
+    row_max = tl.full((BLOCK_I,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_I,), tl.float32)
+    acc = tl.zeros((BLOCK_I, BLOCK_DV), tl.float32)
+    for entry in tl.range(low, high, num_stages=STAGES):
+        tile = tl.load(entries + entry)
+        j_slot = (tile >> 1) * BLOCK_J
+        j = token_of(j_slot + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
+        k_tile = load_tile(k, k_base, batch.to(tl.int32), kv_head, j_slot, j, keys, k_stride[2], d,
+                           k_stride[3], D, TMA)  # fmt: skip
+        score = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
+        last = token_of(j_slot + BLOCK_J - 1, group, k_run, k_step, k_first, K_ORDER)
+        whole = (tile & 1) & (last < keys)
+        if documents is not None:
+            whole = whole & (first_document == last_document)
+            whole = whole & is_of_document(documents, j, keys, first_document)
+        if whole == 0:
+            j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
+            seen = RULE(i_position[:, None], j_position[None, :], table) & (j < keys)[None, :]
+            if documents is not None:
+                j_document = tl.load(documents + j, mask=j < keys, other=-2)
+                seen = seen & (i_document[:, None] == j_document[None, :])
+            score = tl.where(seen, score, float("-inf"))
+        weight, shrink, row_max, row_sum = softmax_step(
+            score, row_max, row_sum, scale * LOG2_E)  # fmt: skip
+        v_tile = load_tile(v, v_base, batch.to(tl.int32), kv_head, j_slot, j, keys, v_stride[2], dv,
+                           v_stride[3], DV, TMA)  # fmt: skip
+        acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None],
+                     input_precision=PRECISION)  # fmt: skip
+
+    seen_any = row_sum > 0
+    row_sum = tl.where(seen_any, row_sum, 1.0)
+    out = acc / row_sum[:, None]
+    lse = tl.where(seen_any, row_max * scale + tl.log2(row_sum) / LOG2_E, float("-inf"))
+    if slot >= 0:
+        r = tl.arange(0, BLOCK_I)
+        part = batch_head.to(tl.int64) * slots + slot
+        store_rows(part_ptr + part * BLOCK_I * DV, out, r, BLOCK_I, DV, dv, DV)
+        tl.store(part_lse_ptr + part * BLOCK_I + r, lse)
+    else:
+        out_base = batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
+        lse_ptr += (batch * heads + head) * queries
+        if prior_ptr is not None:
+            before = load_rows(prior_ptr + out_base, i, queries, out_stride[2], dv, 1, DV)
+            before_lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
+            out, lse = merge_pair(before, before_lse, out, lse)
+        store_rows(out_ptr + out_base, out, i, queries, out_stride[2], dv, DV)
+        tl.store(lse_ptr + i, lse, mask=i < queries)
+
+
+@triton.jit
+def merge_pair(out1, lse1, out2, lse2):
+    """Attention over the union of two disjoint sets of keys: (M, Dv) and (M,) each."""
+    larger = tl.maximum(lse1, lse2)
+    safe = tl.where(larger == float("-inf"), 0.0, larger)
+    weight1, weight2 = tl.exp2((lse1 - safe) * LOG2_E), tl.exp2((lse2 - safe) * LOG2_E)
+    total = weight1 + weight2
+    share = 1.0 / tl.where(total > 0, total, 1.0)
+    out = out1 * (weight1 * share)[:, None] + out2 * (weight2 * share)[:, None]
+    return out, tl.where(total > 0, safe + tl.log2(total) / LOG2_E, float("-inf"))
+
+
+@triton.jit
+def merge_pieces_kernel(
+    out_ptr, lse_ptr, prior_ptr, part_ptr, part_lse_ptr, out_stride,
+    pieces_of, head_of, heads, launch_heads, work, slots, rows, queries, q_step,
+    Q_ORDER: tl.constexpr, BLOCK_I: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+):  # fmt: skip
+    """Merge the pieces of the rows that were cut: ``pieces_of`` holds ``(row, slot, pieces)``."""
+    item = tl.program_id(0) % work
+    batch_head = tl.program_id(0) // work
+    batch = (batch_head // launch_heads).to(tl.int64)
+    head = tl.load(head_of + batch_head % launch_heads)
+    row, slot = tl.load(pieces_of + 3 * item), tl.load(pieces_of + 3 * item + 1)
+    pieces = tl.load(pieces_of + 3 * item + 2)
+    r, dv = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_DV)
+    i = token_of(row % rows * BLOCK_I + r, row // rows, 1, q_step, 0, Q_ORDER)
+    out_base = batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
+    lse_ptr += (batch * heads + head) * queries
+    out = tl.zeros((BLOCK_I, BLOCK_DV), tl.float32)
+    lse = tl.full((BLOCK_I,), float("-inf"), tl.float32)
+    if prior_ptr is not None:
+        out = load_rows(prior_ptr + out_base, i, queries, out_stride[2], dv, 1, DV)
+        lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
+    for piece in range(pieces):
+        part = batch_head.to(tl.int64) * slots + slot + piece
+        other = load_rows(part_ptr + part * BLOCK_I * DV, r, BLOCK_I, DV, dv, 1, DV)
+        out, lse = merge_pair(out, lse, other, tl.load(part_lse_ptr + part * BLOCK_I + r))
+    store_rows(out_ptr + out_base, out, i, queries, out_stride[2], dv, DV)
+    tl.store(lse_ptr + i, lse, mask=i < queries)

@@ -1,0 +1,92 @@
+"""The fused kernels as operators of torch: `torch.compile` and autograd see one node each way.
+
+An operator takes tensors, numbers and text, so the pattern travels as its canonical text, and a tile
+list as its tensors. A plan is found again by the text.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kernels.attend import fused
+from kernels.patterns import Pattern, parse
+from kernels.tiles import TileList
+
+# The arguments behind q, k and v that both directions share.
+_REST = (
+    "str pattern, float scale, Tensor? documents, Tensor? q_position, Tensor? k_position, "
+    "Tensor? tile_offsets, Tensor? tile_keys, Tensor? tile_full, int[] tile_sizes"
+)
+
+
+def attend(q, k, v, pattern: Pattern, scale, documents, q_position, k_position, tiles, out_dtype):
+    """``(out, lse)`` by the fused kernels, differentiable; ``kernels.attend.attend`` checks first."""
+    listed = (None, None, None, [])
+    if tiles is not None:
+        listed = (tiles.offsets, tiles.keys, tiles.full, [*tiles.shape, *tiles.tile])
+    rest = (_text(pattern), scale, documents, q_position, k_position, *listed)
+    return torch.ops.strider.attend(q, k, v, *rest, out_dtype)
+
+
+@functools.lru_cache(maxsize=1024)
+def _text(pattern: Pattern) -> str:
+    return repr(pattern)
+
+
+_pattern = functools.lru_cache(maxsize=1024)(parse)
+
+
+def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full, sizes):
+    tiles = None
+    if offsets is not None:
+        tiles = TileList(offsets, keys, full, tuple(sizes[:2]), tuple(sizes[2:]))
+    return fused.Call(_pattern(pattern), scale, documents, q_position, k_position, tiles)
+
+
+@torch.library.custom_op(
+    "strider::attend", mutates_args=(),
+    schema=f"(Tensor q, Tensor k, Tensor v, {_REST}, ScalarType out_dtype) -> (Tensor, Tensor)",
+)  # fmt: skip
+def _forward(q, k, v, *rest):
+    return fused.forward(q, k, v, _call(*rest[:-1]), rest[-1])
+
+
+@_forward.register_fake
+def _(q, k, v, *rest):
+    out = fused.empty_output(q, v, rest[-1])
+    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "strider::attend_backward", mutates_args=(),
+    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    f"{_REST}) -> (Tensor, Tensor, Tensor)",
+)  # fmt: skip
+def _backward(dout, dlse, q, k, v, out, lse, *rest):
+    dlse = dlse if dlse is None else dlse.contiguous()
+    return fused.backward(dout, dlse, q, k, v, out, lse, _call(*rest))
+
+
+@_backward.register_fake
+def _(dout, dlse, q, k, v, out, lse, *rest):
+    return torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+
+
+def _keep(ctx, inputs, output):
+    q, k, v, pattern, scale, *tensors, sizes, _ = inputs
+    ctx.save_for_backward(q, k, v, *output, *tensors)
+    ctx.plain = pattern, scale, sizes
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(ctx, dout, dlse):
+    q, k, v, out, lse, *tensors = ctx.saved_tensors
+    pattern, scale, sizes = ctx.plain
+    dout = torch.zeros_like(out) if dout is None else dout
+    rest = (pattern, scale, *tensors, sizes)
+    grads = torch.ops.strider.attend_backward(dout, dlse, q, k, v, out, lse, *rest)
+    return (*grads, *(None for _ in range(10)))
+
+
+_forward.register_autograd(_gradients, setup_context=_keep)

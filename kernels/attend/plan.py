@@ -1,0 +1,242 @@
+"""From a pattern to what the kernels run: passes over disjoint keys, their tile lists and work items.
+
+A stride or a dilation would touch nearly every tile of the sequence in its own order; among the tokens
+of one residue class it is dense. The summary columns of `fixed` are dense once they are gathered. So a
+pattern is split into alternatives, each is run in the order that suits it, and each excludes what the
+ones before it have shown: no key is counted twice.
+"""
+
+import functools
+import itertools
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.algebra import And, Full, Not, Or, Pattern
+from kernels.rules import Rule, rule_of, table_of
+from kernels.spans import Order
+from kernels.terms import Causal, Dilated, Fixed, Others, PerHead, Strided, Window
+from kernels.tiles import TileList, list_tiles
+
+PIECE = 16  # tiles: a row is cut into pieces of twice the mean row, but of no fewer than this
+ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A part of a pattern that one kernel runs: for some heads, with tokens in some order."""
+
+    pattern: Pattern
+    heads: tuple[int, ...]
+    q_order: Order = Order()
+    k_order: Order = Order()
+
+    @property
+    def covers_keys(self) -> bool:
+        """Whether every key is in the storage order, so that its gradient is written."""
+        return self.k_order.run == 1
+
+
+def chains(pattern: Pattern, heads: int) -> list[tuple[Pass, ...]]:
+    """Passes of a pattern in chains: each head is in one chain, and runs its passes in order.
+
+    The keys of the passes of a chain are disjoint, and together they are the pattern.
+    """
+    pattern = pattern.bound()
+    heads_of: dict[tuple[Pattern, ...], list[int]] = {}
+    for head in range(heads):
+        heads_of.setdefault(tuple(_split(_for_head(pattern, head))), []).append(head)
+    plain = [h for parts, own in heads_of.items() if _is_plain(parts) for h in own]
+    found = [(Pass(pattern, tuple(sorted(plain))),)] if plain else []
+    for parts, own in heads_of.items():
+        if not _is_plain(parts):
+            found.append(tuple(Pass(part, tuple(own), *_orders(part)) for part in parts))
+    return found
+
+
+def _for_head(pattern: Pattern, head: int) -> Pattern:
+    """The pattern of one head, without `per_head`."""
+    match pattern:
+        case PerHead(patterns=patterns):
+            return _for_head(patterns[head % len(patterns)], head)
+        case And(operands=operands) | Or(operands=operands):
+            return type(pattern)(tuple(_for_head(p, head) for p in operands))
+        case Not(operand=operand):
+            return Not(_for_head(operand, head))
+    return pattern
+
+
+def _is_plain(parts: tuple[Pattern, ...]) -> bool:
+    return len(parts) == 1 and _orders(parts[0]) == (Order(), Order())
+
+
+def _split(pattern: Pattern) -> list[Pattern]:
+    """Disjoint parts whose union is the pattern: what runs in the order of the text comes first."""
+    alternatives = _alternatives(pattern)
+    own = [p for p in alternatives if _orders(p) == (Order(), Order())]
+    moved = [p for p in alternatives if p not in own]
+    if not moved:
+        return [pattern]
+    first = [functools.reduce(Pattern.__or__, own)] if own else []
+    parts = []
+    for n, part in enumerate(moved):
+        for before in own + moved[:n]:
+            exclusion = _outside(before, part)
+            if exclusion not in _factors(part):
+                part = part & exclusion
+        parts.append(part)
+    return first + parts
+
+
+def _alternatives(pattern: Pattern) -> list[Pattern]:
+    """Patterns whose union is the pattern, split where a term asks for an order of its own."""
+    match pattern:
+        case Or(operands=operands):
+            return [part for p in operands for part in _alternatives(p)]
+        case And(operands=operands):
+            choices = itertools.product(*map(_alternatives, operands))
+            return [functools.reduce(Pattern.__and__, choice) for choice in choices]
+        case Fixed(length=block):
+            local = Window(0, 0, block)
+            return [local, pattern & Not(local)]
+    return [pattern]
+
+
+def _outside(excluded: Pattern, part: Pattern) -> Pattern:
+    """What excludes ``excluded`` within ``part``: terms that both share need not be asked again."""
+    left = [p for p in _factors(excluded) if p not in _factors(part)]
+    return Not(functools.reduce(Pattern.__and__, left)) if left else Not(Full())
+
+
+def _factors(pattern: Pattern) -> tuple[Pattern, ...]:
+    """What is &-ed in a pattern."""
+    return pattern.operands if isinstance(pattern, And) else (pattern,)
+
+
+def _orders(part: Pattern) -> tuple[Order, Order]:
+    """The storage orders of queries and keys in which a part is dense."""
+    for term in _factors(part):
+        match term:
+            case Strided(stride=step) | Dilated(step=step) if step > 1:
+                return (Order(step=step, groups=step),) * 2
+            case Fixed(length=length, cells=cells, sub_block=sub_block):
+                first = length - cells * (sub_block + 1)
+                return Order(), Order(run=cells, step=length, first=first)
+    return Order(), Order()
+
+
+# ------------------------------------------------------------------------------ work items
+
+
+@dataclass(frozen=True, eq=False)
+class Work:
+    """A tile list as a kernel reads it, with the items that its programs take.
+
+    Args:
+        items: ``(work, 4)`` int32: row, piece, pieces, slot (-1 for a row that is not cut).
+        cut: ``(cut rows, 3)`` int32: row, first slot, pieces.
+        slots: pieces of all cut rows.
+        offsets: ``(heads or 1, rows + 1)`` int32 into ``entries``.
+        entries: tile number times two, plus one if the whole tile is visible, int32.
+        rows: tiles of one group.
+    """
+
+    items: Tensor
+    cut: Tensor
+    slots: int
+    offsets: Tensor
+    entries: Tensor
+    rows: int
+
+    @property
+    def offsets_stride(self) -> int:
+        return self.offsets.stride(0) if len(self.offsets) > 1 else 0
+
+
+def make_work(tiles: TileList, device: torch.device) -> Work:
+    """Cut rows with many tiles into pieces, longest rows first."""
+    total, heads = tiles.shape[0], tiles.heads
+    offsets = tiles.offsets
+    rows = torch.arange(heads, device=offsets.device)[:, None] * total
+    offsets = offsets[rows + torch.arange(total + 1, device=offsets.device)]
+    longest = offsets.diff(dim=1).amax(dim=0)
+    most = max(PIECE, 2 * (len(tiles) // (total * heads) + 1))
+    pieces = ((longest + most - 1) // most).clamp(min=1)
+    row = longest.argsort(descending=True, stable=True)
+    pieces = pieces[row]
+    slot = torch.where(pieces > 1, pieces, 0).cumsum(0)
+    cut = torch.stack((row, slot - pieces, pieces), dim=1)[pieces > 1]
+    of_row = torch.repeat_interleave(pieces)
+    piece = torch.arange(len(of_row), device=row.device) - (pieces.cumsum(0) - pieces)[of_row]
+    own_slot = torch.where(pieces > 1, slot - pieces, -1)[of_row]
+    own_slot = torch.where(own_slot < 0, -1, own_slot + piece)
+    items = torch.stack((row[of_row], piece, pieces[of_row], own_slot), dim=1)
+    return Work(
+        items.int().contiguous().to(device),
+        cut.int().contiguous().to(device),
+        int(slot[-1]),
+        offsets.int().contiguous().to(device),
+        (tiles.keys * 2 + tiles.full).int().to(device),
+        total // tiles.groups,
+    )
+
+
+@functools.lru_cache(maxsize=512)
+def work_of(
+    part: Pass, heads: int, queries: int, keys: int, tile: tuple[int, int], inverse: bool,
+    device: torch.device,
+) -> Work:  # fmt: skip
+    """The work of one pass and direction, kept: every later call costs a look-up.
+
+    Args:
+        heads: heads of the model, over which a random plan is drawn.
+        tile: tokens of a tile of (queries, keys).
+        inverse: rows are tiles of keys, and their lists tiles of queries.
+    """
+    tiles = _tiles(part, heads, queries, keys, tile, device)
+    return make_work(tiles.inverse() if inverse else tiles, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _tiles(part, heads, queries, keys, tile, device) -> TileList:
+    small = max(queries // tile[0], keys // tile[1]) <= ROWS_ON_CPU
+    where = torch.device("cpu") if small else device
+    groups = part.q_order.groups
+    orders = part.q_order, part.k_order
+    if groups > 1 and _knows_distance_only(part.pattern):
+        # The same list in every group; group 0 has the most tokens.
+        orders = tuple(replace(order, groups=1) for order in orders)
+        one = list_tiles(part.pattern, *orders, queries, keys, tile, heads, where)
+        return _repeat(one, groups)
+    return list_tiles(part.pattern, *orders, queries, keys, tile, heads, where)
+
+
+def _knows_distance_only(pattern: Pattern) -> bool:
+    """Whether visibility depends on ``i - j`` alone."""
+    match pattern:
+        case And(operands=operands) | Or(operands=operands):
+            return all(map(_knows_distance_only, operands))
+        case Not(operand=operand):
+            return _knows_distance_only(operand)
+        case Window(block=block):
+            return block == 1
+    return isinstance(pattern, Full | Causal | Strided | Dilated | Others)
+
+
+def _repeat(tiles: TileList, groups: int) -> TileList:
+    """The list of one group, for every group."""
+    assert tiles.heads == 1, "what differs by head does not depend on the distance alone"
+    count = tiles.offsets.diff().repeat(groups)
+    offsets = torch.cat((count.new_zeros(1), count.cumsum(0)))
+    shape = (tiles.shape[0] * groups, tiles.shape[1])
+    numbers, full = tiles.keys.repeat(groups), tiles.full.repeat(groups)
+    return TileList(offsets.int(), numbers, full, shape, tiles.tile, groups)
+
+
+@functools.lru_cache(maxsize=512)
+def rule_and_table(
+    part: Pass, heads: int, length: int, device: torch.device
+) -> tuple[Rule, Tensor]:
+    """What a kernel needs to decide the cells of a partial tile."""
+    return rule_of(part.pattern), table_of(part.pattern, length, heads, device)

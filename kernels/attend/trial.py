@@ -1,0 +1,84 @@
+"""One configuration on the card at hand: are its numbers right, and how long does it take?"""
+
+import torch
+import triton
+from triton.runtime.errors import OutOfResources
+
+from kernels.attend import attend
+from kernels.patterns import causal, global_tokens, window
+
+# Full tiles, cut tiles, a ragged end, and rows long enough to be split.
+PATTERN = causal() & (window(150) | global_tokens(3))
+LENGTH = 1100
+
+
+def is_right(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether output and gradients are as exact as the reference computes them in this dtype.
+
+    The allowance is that of the tests: twice the error of the reference in the same dtype (which
+    sums in float32) plus one rounding. A configuration that the card has no room for is not right.
+    """
+    errors = compare(head_size, dtype, device)
+    return errors is not None and all(error <= allowed for error, allowed in errors.values())
+
+
+def compare(
+    head_size: int, dtype: torch.dtype, device: torch.device
+) -> dict[str, tuple[float, float]] | None:
+    """Largest error and allowance of out, lse, dq, dk and dv; None if the card has no room."""
+    inputs = _inputs(2, 300 if dtype == torch.float32 else LENGTH, head_size, dtype, device)
+    try:
+        actual = _run(inputs, "fused")
+    except OutOfResources:
+        return None
+    truth = _run([x.double() for x in inputs], "reference")
+    plain = _run(inputs, "reference")
+    largest = max(float(t.abs().max()) for t in truth.values())
+    sums = 8 * torch.finfo(torch.float32).eps * largest
+    errors = {}
+    for name, t in truth.items():
+        rounding = 4 * torch.finfo(dtype).eps * float(t.abs().max())
+        allowed = 2 * _distance(plain[name], t) + rounding + sums
+        errors[name] = (_distance(actual[name], t), allowed)
+    return errors
+
+
+def milliseconds(
+    direction: str, head_size: int, dtype: torch.dtype, device: torch.device
+) -> float:
+    """Time of the forward pass, or of the whole backward pass, at a common shape."""
+    q, k, v, dout = _inputs(8, 8192, head_size, dtype, device)
+    pattern = causal() & window(512)
+
+    def run():
+        return attend(q, k, v, pattern, implementation="fused")[0]
+
+    if direction != "forward":
+        q, k, v = (x.requires_grad_() for x in (q, k, v))
+        out = run()
+
+        def run():
+            return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
+
+    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+
+
+def _inputs(heads, length, head_size, dtype, device) -> list[torch.Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    shape = (1, length, heads, head_size)
+    numbers = (torch.randn(shape, generator=generator, device=device) for _ in range(4))
+    return [x.to(dtype).transpose(1, 2) for x in numbers]
+
+
+def _run(inputs, implementation: str) -> dict[str, torch.Tensor]:
+    *leaves, dout = inputs
+    leaves = [x.detach().requires_grad_() for x in leaves]
+    out, lse = attend(*leaves, PATTERN, implementation=implementation)
+    grads = torch.autograd.grad((out, lse), leaves, (dout, torch.ones_like(lse)))
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
+
+
+def _distance(x: torch.Tensor, truth: torch.Tensor) -> float:
+    """Largest difference; infinite if anything is not a number."""
+    error = (x.double() - truth).abs().max()
+    return float(error) if error.isfinite() else float("inf")

@@ -1,0 +1,288 @@
+"""The rule of a pattern inside a kernel: a Triton function of its structure, and a table of numbers.
+
+Only the *structure* of an expression is compiled: ``causal() & window(512)`` and
+``causal() & window(64)`` share one kernel, because a window's size is read from the table, by head.
+
+A rule is called as ``rule(i, j, at)``: positions ``i (M, 1)`` and ``j (1, N)`` int32, and ``at``, the
+address of its numbers. Each term reads its own numbers from ``at`` on; what is long (a random plan)
+stands behind all of them and is found by its distance.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels import terms
+from kernels.algebra import And, Full, Not, Nothing, Or, Pattern
+from kernels.interpreter import INTERPRETED
+
+# Interpreted, a function that is captured by another must be plain Python.
+_jit = (lambda function: function) if INTERPRETED else triton.jit
+_constant = (lambda value: value) if INTERPRETED else tl.constexpr
+
+@dataclass(frozen=True)
+class Rule:
+    """A compiled structure: ``function(i, j, at)`` and how many numbers it reads."""
+
+    function: Callable
+    numbers: int
+
+
+def rule_of(pattern: Pattern) -> Rule:
+    """The rule of a bound pattern; equal structures give the same object."""
+    return _rule(_structure(pattern))
+
+
+def table_of(pattern: Pattern, length: int, heads: int, device: torch.device) -> Tensor:
+    """The numbers that the rule of a bound pattern reads, int32 ``(heads or 1, numbers)``.
+
+    Args:
+        length: tokens of the sequence; random plans cover it.
+        heads: heads of the model; one row serves all if they do not differ.
+    """
+    rows = []
+    for head in range(heads if pattern.differs_by_head else 1):
+        short, long = [], []
+        _collect(pattern, length, heads, head, short, long)
+        behind = len(short)
+        for first, values in long:
+            short[first + 2] = behind - first
+            behind += len(values)
+        values = torch.tensor(short, dtype=torch.int32)
+        rows.append(torch.cat([values, *(v.int() for _, v in long)]))
+    widest = max(1, *(len(row) for row in rows))
+    table = torch.zeros(len(rows), widest, dtype=torch.int32)
+    for n, row in enumerate(rows):
+        table[n, : len(row)] = row
+    return table.to(device)
+
+
+# ------------------------------------------------------------------------------ structure
+
+
+def _structure(pattern: Pattern) -> tuple:
+    """What is compiled: kinds of terms and how they combine, as nested tuples."""
+    match pattern:
+        case And() | Or():
+            kind = "and" if isinstance(pattern, And) else "or"
+            return (kind, *map(_structure, pattern.operands))
+        case Not():
+            return ("not", _structure(pattern.operand))
+        case terms.PerHead():
+            variants = tuple(map(_structure, pattern.patterns))
+            if len(set(variants)) == 1:
+                return variants[0]
+            return ("or", *(("chosen", variant) for variant in variants))
+        case terms.Window():
+            return ("window",) if pattern.block == 1 else ("block_window",)
+        case terms.RandomBlocks():
+            return ("random_blocks", pattern.count)
+    return (_TERMS[type(pattern)],)
+
+
+def _collect(pattern, length, heads, head, short: list, long: list) -> None:
+    """Append the numbers of one head in the order in which the rule reads them."""
+    match pattern:
+        case And() | Or():
+            for operand in pattern.operands:
+                _collect(operand, length, heads, head, short, long)
+        case Not():
+            _collect(pattern.operand, length, heads, head, short, long)
+        case terms.PerHead(patterns=variants):
+            own = variants[head % len(variants)]
+            if len(set(map(_structure, variants))) == 1:
+                _collect(own, length, heads, head, short, long)
+                return
+            for n, variant in enumerate(variants):
+                short.append(int(n == head % len(variants)))
+                _collect(variant, length, heads, head, short, long)
+        case terms.Window():
+            short += [pattern.left, pattern.right, pattern.block]
+        case terms.Dilated():
+            short += [pattern.left, pattern.right, pattern.step]
+        case terms.Strided():
+            short.append(pattern.stride)
+        case terms.Fixed(length=l, cells=c):
+            last = l - c * pattern.sub_block
+            short += [l, last - c, last]
+        case terms.GlobalTokens():
+            short.append(pattern.count)
+        case terms.Blocks():
+            cells = torch.tensor([[cell == "x" for cell in row] for row in pattern.layout])
+            long.append((len(short), cells.flatten()))
+            short += [pattern.block, len(cells), 0]
+        case terms.RandomBlocks():
+            plan = pattern.plan(heads, length)[head].cpu()
+            long.append((len(short), plan.flatten()))
+            short += [pattern.block, len(plan), 0]
+
+
+# ------------------------------------------------------------------------------ composition
+# Triton looks a captured name up at module level first: none of left_rule, right_rule, right_at,
+# inner_rule and draws may stand there.
+
+
+@functools.cache
+def _rule(structure: tuple) -> Rule:
+    kind, *operands = structure
+    if kind in ("and", "or"):
+        return functools.reduce(functools.partial(_join, kind), map(_rule, operands))
+    if kind == "not":
+        return _outside(_rule(operands[0]))
+    if kind == "chosen":
+        return _chosen(_rule(operands[0]))
+    if kind == "random_blocks":
+        return _random_blocks(operands[0])
+    return _LEAVES[kind]
+
+
+def _join(kind: str, left: Rule, right: Rule) -> Rule:
+    left_rule, right_rule, right_at = left.function, right.function, _constant(left.numbers)
+
+    @_jit
+    def both(i, j, at):
+        return left_rule(i, j, at) & right_rule(i, j, at + right_at)
+
+    @_jit
+    def either(i, j, at):
+        return left_rule(i, j, at) | right_rule(i, j, at + right_at)
+
+    return Rule(both if kind == "and" else either, left.numbers + right.numbers)
+
+
+def _outside(inner: Rule) -> Rule:
+    inner_rule = inner.function
+
+    @_jit
+    def outside(i, j, at):
+        return inner_rule(i, j, at) == 0
+
+    return Rule(outside, inner.numbers)
+
+
+def _chosen(inner: Rule) -> Rule:
+    """One of several patterns, for the heads whose first number is not 0."""
+    inner_rule = inner.function
+
+    @_jit
+    def chosen(i, j, at):
+        return inner_rule(i, j, at + 1) & (tl.load(at) != 0)
+
+    return Rule(chosen, inner.numbers + 1)
+
+
+def _random_blocks(count: int) -> Rule:
+    draws = _constant(count)
+
+    @_jit
+    def random_blocks(i, j, at):
+        block, rows = tl.load(at), tl.load(at + 1)
+        i_block, j_block = i // block, j // block
+        plan = at + tl.load(at + 2) + i_block * draws
+        seen = (i_block < 0) & (j_block < 0)
+        for n in tl.static_range(draws):
+            seen = seen | (tl.load(plan + n, mask=i_block < rows, other=-1) == j_block)
+        return seen
+
+    return Rule(random_blocks, 3)
+
+
+# ------------------------------------------------------------------------------ terms
+
+
+@_jit
+def _full(i, j, at):
+    return (i == i) & (j == j)
+
+
+@_jit
+def _nothing(i, j, at):
+    return (i != i) & (j != j)
+
+
+@_jit
+def _causal(i, j, at):
+    return j <= i
+
+
+@_jit
+def _others(i, j, at):
+    return i != j
+
+
+@_jit
+def _window(i, j, at):
+    distance = i - j
+    return (distance <= tl.load(at)) & (distance >= -tl.load(at + 1))
+
+
+@_jit
+def _block_window(i, j, at):
+    block = tl.load(at + 2)
+    distance = i // block - j // block
+    return (distance <= tl.load(at)) & (distance >= -tl.load(at + 1))
+
+
+@_jit
+def _dilated(i, j, at):
+    step = tl.load(at + 2)
+    distance = i - j
+    near = (distance <= tl.load(at) * step) & (distance >= -tl.load(at + 1) * step)
+    return near & (distance % step == 0)
+
+
+@_jit
+def _strided(i, j, at):
+    return (i - j) % tl.load(at) == 0
+
+
+@_jit
+def _fixed(i, j, at):
+    block, cell = tl.load(at), j % tl.load(at)
+    summary = (cell >= tl.load(at + 1)) & (cell < tl.load(at + 2))
+    return (i // block == j // block) | summary
+
+
+@_jit
+def _global_tokens(i, j, at):
+    count = tl.load(at)
+    return (i < count) | (j < count)
+
+
+@_jit
+def _blocks(i, j, at):
+    block, rows = tl.load(at), tl.load(at + 1)
+    i_block, j_block = i // block, j // block
+    cell = at + tl.load(at + 2) + i_block * rows + j_block
+    return tl.load(cell, mask=(i_block < rows) & (j_block < rows), other=0) != 0
+
+
+_LEAVES = {
+    "full": Rule(_full, 0),
+    "nothing": Rule(_nothing, 0),
+    "causal": Rule(_causal, 0),
+    "others": Rule(_others, 0),
+    "window": Rule(_window, 3),
+    "block_window": Rule(_block_window, 3),
+    "dilated": Rule(_dilated, 3),
+    "strided": Rule(_strided, 1),
+    "fixed": Rule(_fixed, 3),
+    "global_tokens": Rule(_global_tokens, 1),
+    "blocks": Rule(_blocks, 3),
+}
+_TERMS = {
+    Full: "full",
+    Nothing: "nothing",
+    terms.Causal: "causal",
+    terms.Others: "others",
+    terms.Dilated: "dilated",
+    terms.Strided: "strided",
+    terms.Fixed: "fixed",
+    terms.GlobalTokens: "global_tokens",
+    terms.Blocks: "blocks",
+}
