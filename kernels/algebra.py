@@ -7,7 +7,21 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.spans import DEAD, FULL, KNOWING, LIVE, UNKNOWN, Grid, Order, Spans, constant, meeting
+from kernels.spans import (
+    AND,
+    DEAD,
+    FULL,
+    KNOWING,
+    LIVE,
+    NOT,
+    OR,
+    UNKNOWN,
+    Grid,
+    Order,
+    Spans,
+    constant,
+    meeting,
+)
 from kernels.tiles import TileList, count_cells, list_tiles
 
 
@@ -100,6 +114,13 @@ class Pattern:
         """
         raise NotImplementedError
 
+    def _at(self, grid: Grid, key: Tensor) -> Tensor | None:
+        """What is known of single tiles (``Spans.key``), or None if no more than ``_spans`` says.
+
+        For what no few steps could tell, such as which narrow tiles a stride skips.
+        """
+        return None
+
     def _bind(self, surroundings: "Surroundings") -> "Pattern":
         return self
 
@@ -186,6 +207,19 @@ class _Combination(Pattern):
     def _spans(self, grid):
         return functools.reduce(self.join, (operand._spans(grid) for operand in self.operands))
 
+    def _at(self, grid, key):
+        values = [operand._at(grid, key) for operand in self.operands]
+        if all(value is None for value in values):
+            return None
+        rows = len(grid.heads) * grid.groups * grid.rows
+        return functools.reduce(
+            self.table,
+            (
+                operand._spans(grid).repeat(rows).at(key) if value is None else value
+                for value, operand in zip(values, self.operands, strict=True)
+            ),
+        )
+
     def _bind(self, surroundings):
         return type(self)(
             tuple(
@@ -213,7 +247,7 @@ class _Combination(Pattern):
 class And(_Combination):
     """Visible where every operand is."""
 
-    symbol, join = "&", staticmethod(operator.and_)
+    symbol, join, table = "&", staticmethod(operator.and_), AND
 
     @property
     def is_causal(self) -> bool:
@@ -235,7 +269,7 @@ class And(_Combination):
 class Or(_Combination):
     """Visible where any operand is."""
 
-    symbol, join = "|", staticmethod(operator.or_)
+    symbol, join, table = "|", staticmethod(operator.or_), OR
 
     @property
     def is_causal(self) -> bool:
@@ -261,6 +295,10 @@ class Not(Pattern):
 
     def _spans(self, grid):
         return ~self.operand._spans(grid)
+
+    def _at(self, grid, key):
+        value = self.operand._at(grid, key)
+        return None if value is None else NOT(value)
 
     def _bind(self, surroundings):
         return Not(self.operand._bind(surroundings))

@@ -69,11 +69,11 @@ def window(left: int, right: int | None = None, *, block: int = 1) -> Pattern:
     Raises:
         ValueError: if a size is negative, or ``window(w)`` would see nothing.
     """
-    _at_least(1, "window", block=block)
+    _at_least(1, f"window(..., block={block})", block=block)
     if right is None:
-        _at_least(1, "window", keys=left)
+        _at_least(1, f"window({left})", keys=left)
         return Window(left - 1, 0, block)
-    _at_least(0, "window", left=left, right=right)
+    _at_least(0, f"window({left}, {right})", left=left, right=right)
     return Window(left, right, block)
 
 
@@ -90,10 +90,11 @@ def dilated(left: int, right: int, step: int | None = None) -> Pattern:
         Longformer, Beltagy et al. 2020, arXiv:2004.05150, section 3.1.
     """
     if step is None:
-        _at_least(1, "dilated", keys=left, step=right)
+        _at_least(1, f"dilated({left}, {right})", keys=left, step=right)
         return Dilated(left - 1, 0, right)
-    _at_least(0, "dilated", left=left, right=right)
-    _at_least(1, "dilated", step=step)
+    given = f"dilated({left}, {right}, {step})"
+    _at_least(0, given, left=left, right=right)
+    _at_least(1, given, step=step)
     return Dilated(left, right, step)
 
 
@@ -109,7 +110,7 @@ def strided(stride: int) -> Pattern:
     Source:
         Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
-    _at_least(1, "strided", stride=stride)
+    _at_least(1, f"strided({stride})", stride=stride)
     return Strided(stride)
 
 
@@ -126,13 +127,11 @@ def fixed(length: int, cells: int, sub_block: int = 0) -> Pattern:
     Source:
         Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
-    _at_least(1, "fixed", length=length, cells=cells)
-    _at_least(0, "fixed", sub_block=sub_block)
+    given = f"fixed({length}, {cells}, sub_block={sub_block})"
+    _at_least(1, given, length=length, cells=cells)
+    _at_least(0, given, sub_block=sub_block)
     if cells * (sub_block + 1) > length:
-        raise ValueError(
-            f"fixed needs cells * (sub_block + 1) <= length, "
-            f"got length={length}, cells={cells}, sub_block={sub_block}."
-        )
+        raise ValueError(f"cells * (sub_block + 1) must not exceed length, got {given}.")
     return Fixed(length, cells, sub_block)
 
 
@@ -142,7 +141,7 @@ def global_tokens(count: int) -> Pattern:
     Raises:
         ValueError: if ``count`` is not positive.
     """
-    _at_least(1, "global_tokens", count=count)
+    _at_least(1, f"global_tokens({count})", count=count)
     return GlobalTokens(count)
 
 
@@ -157,7 +156,7 @@ def blocks(layout: Tensor | str | Sequence[Sequence], block: int) -> Pattern:
     Raises:
         ValueError: if the layout is empty or not square, or ``block`` is not positive.
     """
-    _at_least(1, "blocks", block=block)
+    _at_least(1, f"blocks(..., block={block})", block=block)
     rows = layout.replace("/", "\n").split() if isinstance(layout, str) else layout
     rows = rows.tolist() if isinstance(rows, Tensor) else rows
     rows = tuple(
@@ -210,18 +209,18 @@ def random_blocks(count: int, block: int, seed: int = 0, layer: int = 0) -> Patt
     Raises:
         ValueError: if ``count`` or ``block`` is not positive.
     """
-    _at_least(1, "random_blocks", count=count, block=block)
-    _at_least(-(2**63), "random_blocks", seed=seed, layer=layer)
+    _at_least(1, f"random_blocks({count})", count=count)
+    _at_least(1, f"random_blocks(..., block={block})", block=block)
+    _at_least(-(2**63), f"random_blocks(..., seed={seed}, layer={layer})", seed=seed, layer=layer)
     return RandomBlocks(count, block, seed, layer)
 
 
-def _at_least(least: int, term: str, **given: int) -> None:
-    for name, value in given.items():
-        # Positions are 64-bit integers, and True is no size.
-        if type(value) is not int or not least <= value < 2**63:
-            raise ValueError(
-                f"{name} must be a whole number of at least {least}, got {term}({name}={value!r})."
-            )
+def _at_least(least: int, given: str, **numbers: int) -> None:
+    for name, value in numbers.items():
+        if type(value) is not int:  # nor True, which is no size
+            raise TypeError(f"{name} must be a whole number, got {given}")
+        if not least <= value < 2**63:  # positions are 64-bit integers
+            raise ValueError(f"{name} must be at least {least} and fit in 64 bits, got {given}.")
 
 
 _TERMS = (

@@ -5,6 +5,8 @@ indexes query tokens and ``j`` key tokens. Token and batch numbers become 64-bit
 stride: a tensor of more than 2**31 elements must not wrap around.
 """
 
+import inspect
+
 import triton
 import triton.language as tl
 
@@ -14,6 +16,20 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 PLAIN = tl.constexpr(0)  # slot n is token n
 CLASSES = tl.constexpr(1)  # group g holds tokens g, g + step, g + 2 step ...
 GATHERED = tl.constexpr(2)  # runs of `run` tokens, one every `step` tokens, from `first` on
+
+
+# Integers whose value must not decide what is compiled: a new length or pattern compiles nothing.
+# (Strides stay: that a row is contiguous and aligned makes its loads wide.)
+_COUNTS = (
+    "group_size table_stride heads launch_heads work slots rows queries keys "
+    "q_step k_run k_step k_first tokens run step first"
+).split()
+
+
+def kernel(function):
+    """``triton.jit`` for a kernel that is launched, compiled once for all of its counts."""
+    names = inspect.signature(function).parameters
+    return triton.jit(function, do_not_specialize=[name for name in _COUNTS if name in names])
 
 
 @triton.jit
@@ -43,12 +59,22 @@ def store_rows(ptr, x, token, limit, token_stride, d, D: tl.constexpr):
 
 
 @triton.jit
-def load_tile(source, base, batch, head, slot, token, limit, token_stride, d, d_stride,
-              D: tl.constexpr, TMA: tl.constexpr):  # fmt: skip
-    """A tile of rows: by the copy engine from slot ``slot`` on, or through pointers, row by row."""
+def load_tile(source, base, batch, head, slot, group, run, first, token, limit, token_stride, d,
+              d_stride, D: tl.constexpr, TMA: tl.constexpr, ORDER: tl.constexpr):  # fmt: skip
+    """A tile of rows, from slot ``slot`` of a group on.
+
+    By Hopper's copy engine (TMA) from a descriptor of ``(B, H, tokens, D)``, or of ``(B, H, blocks,
+    tokens of a block, D)`` for an order of its own; or through pointers, row by row.
+    """
+    rows: tl.constexpr = token.shape[0]
     if TMA:
-        x = source.load([batch, head, slot, 0])
-        return x.reshape(token.shape[0], d.shape[0])
+        if ORDER == CLASSES:
+            x = source.load([batch, head, slot, group, 0])
+        elif ORDER == GATHERED:
+            x = source.load([batch, head, slot // run, first, 0])
+        else:
+            x = source.load([batch, head, slot, 0])
+        return x.reshape(rows, d.shape[0])
     else:
         return load_rows(source + base, token, limit, token_stride, d, d_stride, D)
 
@@ -77,18 +103,22 @@ def positions_of(position, stride, batch, head, token, limit):
 
 
 @triton.jit
-def work_item(items, item):
-    """``(row, piece, pieces, slot)``: the row of the tile list, and which piece of it."""
-    items += 4 * item
-    return tl.load(items), tl.load(items + 1), tl.load(items + 2), tl.load(items + 3)
+def head_and_batch(program, work, head_of, launch_heads):
+    """Which work item, head and batch a program serves: items vary fastest, then heads."""
+    batch_head = program // work
+    head = batch_head % launch_heads
+    if head_of is not None:
+        head = tl.load(head_of + head)
+    return program % work, head, (batch_head // launch_heads).to(tl.int64)
 
 
 @triton.jit
-def entries_of_piece(offsets, row, piece, pieces):
-    """The entries of the list that one of ``pieces`` equal parts of a row visits."""
-    low, high = tl.load(offsets + row), tl.load(offsets + row + 1)
-    count = high - low
-    return low + count * piece // pieces, low + count * (piece + 1) // pieces
+def work_item(items, item, head, work, PER_HEAD: tl.constexpr):
+    """``(row, low, high, slot)``: a row of tiles, and the entries of the list to visit."""
+    if PER_HEAD:
+        item += head * work
+    items += 4 * item
+    return tl.load(items), tl.load(items + 1), tl.load(items + 2), tl.load(items + 3)
 
 
 @triton.jit

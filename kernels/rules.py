@@ -9,6 +9,7 @@ stands behind all of them and is found by its distance.
 """
 
 import functools
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -131,55 +132,71 @@ def _collect(pattern, length, heads, head, short: list, long: list) -> None:
 def _rule(structure: tuple) -> Rule:
     kind, *operands = structure
     if kind in ("and", "or"):
-        return functools.reduce(functools.partial(_join, kind), map(_rule, operands))
+        left, right = (kind, *operands[:-1]) if len(operands) > 2 else operands[0], operands[-1]
+        return _join(structure, _rule(left), _rule(right))
     if kind == "not":
-        return _outside(_rule(operands[0]))
+        return _outside(structure, _rule(operands[0]))
     if kind == "chosen":
-        return _chosen(_rule(operands[0]))
+        return _chosen(structure, _rule(operands[0]))
     if kind == "random_blocks":
-        return _random_blocks(operands[0])
+        return _random_blocks(structure, operands[0])
     return _LEAVES[kind]
 
 
-def _join(kind: str, left: Rule, right: Rule) -> Rule:
+def _named(structure: tuple) -> Callable:
+    """Decorate a rule that is made here with a name of its own.
+
+    Inside a kernel Triton tells functions apart by their names and the types of their arguments: two
+    rules of one name would silently be the same.
+    """
+    digest = hashlib.sha256(repr(structure).encode()).hexdigest()[:16]
+
+    def decorate(function):
+        function.__qualname__ = f"{function.__name__}_{digest}"
+        return _jit(function)
+
+    return decorate
+
+
+def _join(structure: tuple, left: Rule, right: Rule) -> Rule:
     left_rule, right_rule, right_at = left.function, right.function, _constant(left.numbers)
 
-    @_jit
+    @_named(structure)
     def both(i, j, at):
         return left_rule(i, j, at) & right_rule(i, j, at + right_at)
 
-    @_jit
+    @_named(structure)
     def either(i, j, at):
         return left_rule(i, j, at) | right_rule(i, j, at + right_at)
 
-    return Rule(both if kind == "and" else either, left.numbers + right.numbers)
+    return Rule(both if structure[0] == "and" else either, left.numbers + right.numbers)
 
 
-def _outside(inner: Rule) -> Rule:
+def _outside(structure: tuple, inner: Rule) -> Rule:
     inner_rule = inner.function
 
-    @_jit
+    @_named(structure)
     def outside(i, j, at):
         return inner_rule(i, j, at) == 0
 
     return Rule(outside, inner.numbers)
 
 
-def _chosen(inner: Rule) -> Rule:
+def _chosen(structure: tuple, inner: Rule) -> Rule:
     """One of several patterns, for the heads whose first number is not 0."""
     inner_rule = inner.function
 
-    @_jit
+    @_named(structure)
     def chosen(i, j, at):
         return inner_rule(i, j, at + 1) & (tl.load(at) != 0)
 
     return Rule(chosen, inner.numbers + 1)
 
 
-def _random_blocks(count: int) -> Rule:
+def _random_blocks(structure: tuple, count: int) -> Rule:
     draws = _constant(count)
 
-    @_jit
+    @_named(structure)
     def random_blocks(i, j, at):
         block, rows = tl.load(at), tl.load(at + 1)
         i_block, j_block = i // block, j // block

@@ -167,6 +167,10 @@ class Spans:
         first = self.key[chosen] - (width.cumsum(0) - width)
         return first[step] + torch.arange(len(step), device=step.device), self.value[chosen][step]
 
+    def at(self, key: Tensor) -> Tensor:
+        """The values of tiles."""
+        return self.value[torch.searchsorted(self.key, key, right=True) - 1]
+
     def repeat(self, rows: int) -> "Spans":
         """The steps of one head for several, ``rows`` in all."""
         if rows == self.rows:
@@ -182,11 +186,17 @@ class Spans:
         """``table`` of the values of both; one head's steps count for all heads of the other."""
         rows = max(self.rows, other.rows)
         a, b = self.repeat(rows), other.repeat(rows)
-        key = torch.cat([a.key, b.key]).sort().values
-        value = table(
-            a.value[torch.searchsorted(a.key, key, right=True) - 1],
-            b.value[torch.searchsorted(b.key, key, right=True) - 1],
-        )
+        place = torch.searchsorted(b.key, a.key)
+        place += torch.arange(len(place), device=place.device)
+        of_a = torch.zeros(len(a.key) + len(b.key), dtype=torch.bool, device=place.device)
+        of_a[place] = True  # in the merged order, where equal keys have that of a first
+        del place
+        last_a = of_a.cumsum(0, dtype=torch.int32) - 1
+        last_b = torch.arange(len(of_a), dtype=torch.int32, device=of_a.device) - last_a - 1
+        key = torch.where(of_a, a.key.index_select(0, last_a), b.key[last_b])
+        last_b[:-1] += key[1:] == key[:-1]
+        value = table(a.value.index_select(0, last_a), b.value.index_select(0, last_b))
+        del last_a, last_b
         return _compact(key, value, rows, self.columns)
 
     def __and__(self, other: "Spans") -> "Spans":
@@ -204,7 +214,13 @@ def _compact(key: Tensor, value: Tensor, rows: int, columns: int) -> Spans:
     column = key % (columns + 1)
     keep = column < columns
     keep[1:] &= (key[1:] != key[:-1]) & ((value[1:] != value[:-1]) | (column[1:] == 0))
-    return Spans(key[keep], value[keep], rows, columns)
+    return _chosen(key, value, keep, rows, columns)
+
+
+def _chosen(key: Tensor, value: Tensor, keep: Tensor, rows: int, columns: int) -> Spans:
+    kept = keep.flatten().nonzero()[:, 0]  # once for both: on a GPU it waits for the count
+    key, value = (x.flatten().index_select(0, kept) for x in (key, value))
+    return Spans(key, value, rows, columns)
 
 
 class Table:
@@ -271,8 +287,7 @@ def steps(grid: Grid, edges: list[Tensor], values: list[int] | Tensor) -> Spans:
         values = torch.tensor(values, dtype=torch.uint8, device=device)
     value = values.expand(*shape, key.shape[1]).reshape(key.shape)
     end = torch.cat([key[:, 1:], key[:, :1] + grid.columns], dim=1)
-    filled = key < end
-    return Spans(key[filled], value[filled], rows, grid.columns)
+    return _chosen(key, value, key < end, rows, grid.columns)
 
 
 def from_cells(key: Tensor, value: Tensor, rows: int, columns: int, outside: int = 0) -> Spans:

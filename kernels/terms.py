@@ -1,16 +1,28 @@
 """The terms that patterns are made of; `kernels.patterns` has their constructors and rules."""
 
 import functools
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels import spans
-from kernels.algebra import Nothing, Pattern, Surroundings
-from kernels.random_plan import draw_blocks
-from kernels.spans import DEAD, FULL, LIVE, MIXED, UNKNOWN, Grid, Order, Spans
-from kernels.tiles import settle, spans_of
+from kernels.algebra import Pattern
+from kernels.random_plan import RandomBlocks, block_of
+from kernels.spans import DEAD, FULL, MIXED, UNKNOWN, Grid, Order, Spans
+
+__all__ = [
+    "Blocks",
+    "Causal",
+    "Dilated",
+    "Fixed",
+    "GlobalTokens",
+    "Others",
+    "PerHead",
+    "RandomBlocks",
+    "Strided",
+    "Window",
+]
 
 _CELLS = 2**22  # tiles whose block layout is looked up at once, 16 MiB for each temporary
 
@@ -42,7 +54,7 @@ class Window(Pattern):
         return self.right == 0 and self.block == 1
 
     def _visible(self, i, j, head, length):
-        distance = _block_of(i, self.block) - _block_of(j, self.block)
+        distance = block_of(i, self.block) - block_of(j, self.block)
         return (distance <= self.left) & (distance >= -self.right)
 
     def _spans(self, grid):
@@ -80,6 +92,9 @@ class Dilated(Pattern):
             near = near.map(spans.IF_LIVE)
         return near & _every(grid, self.step)
 
+    def _at(self, grid, key):
+        return _multiples_at(grid, key, self.step, -self.right * self.step, self.left * self.step)
+
     def __repr__(self) -> str:
         width = f"{self.left + 1}" if self.right == 0 else f"{self.left}, {self.right}"
         return f"dilated({width}, {self.step})"
@@ -96,6 +111,9 @@ class Strided(Pattern):
 
     def _spans(self, grid):
         return _every(grid, self.stride)
+
+    def _at(self, grid, key):
+        return _multiples_at(grid, key, self.stride, -grid.length, grid.length)
 
     def __repr__(self) -> str:
         return f"strided({self.stride})"
@@ -173,7 +191,7 @@ class Blocks(Pattern):
 
     def _visible(self, i, j, head, length):
         seen = _layout(self.layout, str(i.device))
-        i, j = _block_of(i, self.block), _block_of(j, self.block)
+        i, j = block_of(i, self.block), block_of(j, self.block)
         inside = (i < len(seen)) & (j < len(seen))
         return seen[i.clamp(max=len(seen) - 1), j.clamp(max=len(seen) - 1)] & inside
 
@@ -267,103 +285,6 @@ class PerHead(Pattern):
         return f"per_head({', '.join(map(repr, self.patterns))})"
 
 
-@dataclass(frozen=True, repr=False)
-class RandomBlocks(Pattern):
-    count: int
-    block: int
-    seed: int = 0
-    layer: int = 0
-    surroundings: Surroundings | None = field(default=None, kw_only=True)  # None: not bound yet
-
-    differs_by_head = True
-
-    def plan(self, heads: int, length: int, device: torch.device | str = "cpu") -> Tensor:
-        """The drawn key blocks, ``(heads, query blocks, count)`` int64, -1 where there were too few.
-
-        Of a term that was never bound, every block is a candidate.
-        """
-        blocks = -(-length // self.block)
-        surroundings = self.surroundings or Surroundings()
-        alike: dict[Surroundings, list[int]] = {}  # heads by what surrounds them
-        if surroundings.differ_by_head:
-            for head in range(heads):
-                alike.setdefault(surroundings.of_head(head), []).append(head)
-        else:
-            alike[surroundings] = list(range(heads))
-        parts = [
-            _random_plan(self, seen, tuple(numbers), blocks, str(device))[:, :blocks]
-            for seen, numbers in alike.items()
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        order = torch.tensor([head for numbers in alike.values() for head in numbers])
-        return torch.cat(parts)[order.argsort().to(device)]
-
-    def _visible(self, i, j, head, length):
-        i_block, j_block = _block_of(i, self.block), _block_of(j, self.block)
-        heads = int(head.max() if isinstance(head, Tensor) else head) + 1
-        if length is None:
-            if not self.surroundings.around.is_causal:
-                raise ValueError(
-                    f"{self!r} without causal() depends on the number of tokens, got length=None; "
-                    f"pass `length`."
-                )
-            length = (int(i_block.max()) + 1) * self.block  # no row depends on the length
-        head = head.to(i.device) if isinstance(head, Tensor) else head
-        drawn = self.plan(heads, length, i.device)[head, i_block]  # (..., count)
-        seen = torch.zeros_like(i + j, dtype=torch.bool)
-        for n in range(self.count):
-            seen = seen | (drawn[..., n] == j_block)
-        return seen
-
-    def _spans(self, grid):
-        if not grid.contiguous:
-            return spans.constant(grid, UNKNOWN)
-        (q_low, q_high), (k_low, k_high) = grid.q_range, grid.k_range
-        first, last = q_low[0] // self.block, q_high[0] // self.block  # blocks of a tile of queries
-        numbers = first[:, None] + _up_to(grid.tile[0], self.block, grid.device)
-        plan = self.plan(max(grid.heads) + 1, grid.length, grid.device)[list(grid.heads)]
-        drawn = plan[:, numbers.clamp(max=plan.shape[1] - 1), :, None]  # (H, R, blocks, count, 1)
-        column = drawn * self.block // grid.tile[1] + _up_to(self.block, grid.tile[1], grid.device)
-        end = (drawn + 1) * self.block  # the first token after the drawn block
-        exists = (drawn >= 0) & (numbers <= last[:, None])[:, :, None, None]
-        exists = exists & (column * grid.tile[1] < end.clamp(max=grid.keys))
-        at = column.clamp(0, grid.columns - 1)
-        whole = (k_low[0, at] >= end - self.block) & (k_high[0, at] < end)
-        whole = whole & (first == last)[:, None, None, None]
-        row = torch.arange(len(grid.heads) * grid.rows, device=grid.device)
-        key = row.view(-1, grid.rows, 1, 1, 1) * (grid.columns + 1) + column
-        value = torch.where(whole, FULL, LIVE)
-        return spans.from_cells(key[exists], value[exists], len(row), grid.columns, outside=DEAD)
-
-    def _bind(self, surroundings):
-        return self if self.surroundings else replace(self, surroundings=surroundings)
-
-    def _without_random(self, replacement):
-        return replacement
-
-    def __repr__(self) -> str:
-        options = "".join(f", {k}={v}" for k in ("seed", "layer") if (v := getattr(self, k)))
-        return f"random_blocks({self.count}, block={self.block}{options})"
-
-
-@functools.lru_cache(maxsize=64)
-def _random_plan(
-    term: RandomBlocks, surroundings: Surroundings, heads: tuple[int, ...], blocks: int, device: str
-) -> Tensor:
-    around, beside = surroundings.around, surroundings.beside
-    numbers_in_hash = () if around.is_causal else (blocks,)
-    length = blocks * term.block
-    grid = Grid(Order(), Order(), length, length, (term.block, term.block), device=device)
-    allowed = settle(around, grid, spans_of(around, grid))
-    if beside != Nothing():
-        taken = settle(around & beside, grid, spans_of(around & beside, grid))
-        candidates = allowed.combine(taken, spans.LEFT_OVER)
-    else:
-        candidates = allowed.map(spans.IF_LIVE)
-    return draw_blocks(candidates, term.count, heads, (term.seed, term.layer, *numbers_in_hash))
-
-
 @functools.lru_cache(maxsize=16)
 def _layout(rows: tuple[str, ...], device: str) -> Tensor:
     """Block layout text, ``(N, N)`` bool."""
@@ -385,11 +306,16 @@ def _every(grid: Grid, stride: int) -> Spans:
     return spans.steps(grid, [torch.full_like(q_low, grid.columns - 1)], values)
 
 
-def _up_to(size: int, part: int, device) -> Tensor:
-    """0, 1, ... for as many parts as ``size`` tokens that start at a multiple of it may touch."""
-    aligned = size % part == 0 or part % size == 0
-    return torch.arange(-(-size // part) if aligned else (size - 2) // part + 2, device=device)
-
-
-def _block_of(position: Tensor, block: int) -> Tensor:
-    return position if block == 1 else position // block
+def _multiples_at(grid: Grid, key: Tensor, step: int, least: int, most: int) -> Tensor | None:
+    """Which tiles hold a distance ``i - j`` from ``least`` to ``most`` that ``step`` divides."""
+    if not grid.contiguous:
+        return None
+    (q_low, q_high), (k_low, k_high) = grid.q_range, grid.k_range
+    row, column = key // (grid.columns + 1) % grid.rows, key % (grid.columns + 1)
+    first, last = q_low[0, row] - k_high[0, column], q_high[0, row] - k_low[0, column]
+    inner_first, inner_last = first.clamp(min=least), last.clamp(max=most)
+    some = inner_last // step * step >= inner_first
+    # Of two neighbouring distances, a step of 2 or more skips one.
+    every = (first == last) | (step == 1) & (first == inner_first) & (last == inner_last)
+    seen = torch.where(every, FULL, MIXED)
+    return torch.where(some, seen, DEAD).to(torch.uint8)

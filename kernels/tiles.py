@@ -6,7 +6,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.spans import DEAD, EXISTING, FULL, MIXED, REPLACED, Grid, Order, Spans, from_cells
+from kernels.spans import (
+    DEAD,
+    EXISTING,
+    FULL,
+    KNOWING,
+    MIXED,
+    REPLACED,
+    Grid,
+    Order,
+    Spans,
+    from_cells,
+)
 
 _CELLS = 2**18  # evaluated at once: 1 MiB for each int32 temporary, which stays in a CPU's cache
 _COUNTED = 32  # tokens of a tile when cells are counted: few rows of tiles, few cells at the edges
@@ -124,9 +135,8 @@ def list_tiles(
     key, value = spans.cells(spans.value != DEAD)
     offsets = torch.searchsorted(key, spans.row_keys(), out_int32=True)
     shape = (grid.groups * grid.rows, grid.columns)
-    return TileList(
-        offsets, (key % spans.stride).int(), value == FULL, shape, tile, grid.groups
-    )  # fmt: skip
+    numbers, full = (key % spans.stride).int(), value == FULL
+    return TileList(offsets, numbers, full, shape, tile, grid.groups)
 
 
 def count_cells(pattern, length: int, heads: int) -> int:
@@ -145,8 +155,8 @@ def count_cells(pattern, length: int, heads: int) -> int:
     queries = q_high[0, row] - q_low[0, row] + 1
     keys = k_high[0, column + width - 1] - k_low[0, column] + 1
     cells = int((queries * keys).sum())
-    partial, _ = spans.cells((spans.value != FULL) & (spans.value != DEAD))
-    for seen, exists in _seen(pattern, grid, partial):
+    key, value = _cells(pattern, grid, spans, (spans.value != FULL) & (spans.value != DEAD))
+    for seen, exists in _seen(pattern, grid, key[value != DEAD]):
         cells += int((seen & exists).sum())
     return cells
 
@@ -161,16 +171,29 @@ def spans_of(pattern, grid: Grid) -> Spans:
 
 def settle(pattern, grid: Grid, spans: Spans) -> Spans:
     """Look at the cells of every tile that may be dead or not, so that none is in doubt."""
-    key, _ = spans.cells((spans.value & DEAD != 0) & (spans.value != DEAD))
+    key, value = _cells(pattern, grid, spans, _in_doubt(spans.value))
+    if not len(key):
+        return spans
+    left = _in_doubt(value).nonzero()[:, 0]
     states = []
-    for seen, exists in _seen(pattern, grid, key):
+    for seen, exists in _seen(pattern, grid, key[left]):
         some = (seen & exists).flatten(1).any(dim=1)
         every = (seen | ~exists).flatten(1).all(dim=1)
-        states.append(torch.where(every, FULL, torch.where(some, MIXED, DEAD)))
-    if not states:
-        return spans
-    settled = from_cells(key, torch.cat(states), spans.rows, spans.columns)
-    return spans.combine(settled, REPLACED)
+        states.append(torch.where(every, FULL, torch.where(some, MIXED, DEAD)).to(torch.uint8))
+    if states:
+        value[left] = torch.cat(states)
+    return spans.combine(from_cells(key, value, spans.rows, spans.columns), REPLACED)
+
+
+def _in_doubt(value: Tensor) -> Tensor:
+    return (value & DEAD != 0) & (value != DEAD)
+
+
+def _cells(pattern, grid: Grid, spans: Spans, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """The key and the value of every tile of the chosen steps, told as well as formulas can."""
+    key, value = spans.cells(chosen)
+    known = pattern._at(grid, key) if len(key) else None
+    return key, value if known is None else KNOWING(value, known)
 
 
 def _seen(pattern, grid: Grid, key: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

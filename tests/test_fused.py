@@ -50,7 +50,7 @@ def assert_exact(pattern, q, k, v, mask=None, **options):
 
 
 @pytest.mark.parametrize("name", PATTERNS)
-@pytest.mark.parametrize("length", [17, 190])
+@pytest.mark.parametrize("length", [17, 190, 288])
 def test_every_pattern_is_as_exact_as_torch(name, length):
     assert_exact(PATTERNS[name], *inputs(B=1, L=length, Hq=4, Hkv=4, D=16, Dv=16, device=DEVICE))
 
@@ -84,13 +84,22 @@ def test_any_shape_and_any_strides(name, batch, heads, length, sizes, layout):
     assert_exact(PATTERNS[name], q, k, v, scale=0.3)
 
 
-@pytest.mark.parametrize("name", ["bigbird", "longformer-bidirectional", "strided", "fixed"])
-def test_long_rows_and_columns_are_cut_into_pieces_and_merged(name, monkeypatch):
-    monkeypatch.setattr(plan, "PIECE", 2)
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        PATTERNS["bigbird"],
+        PATTERNS["longformer-bidirectional"],
+        causal() & (window(70) | strided(3)),
+        causal() & fixed(100, 20),
+    ],
+)
+def test_long_rows_and_columns_are_cut_into_pieces_and_merged(pattern, monkeypatch):
+    monkeypatch.setattr(plan, "PIECE_TILES", 2)
+    monkeypatch.setattr(plan, "PIECE_ROWS", 0)
     plan.work_of.cache_clear()
     q, k, v = inputs(B=2, L=300, Hq=4, Hkv=2, D=16, Dv=16, device=DEVICE)
-    assert_exact(PATTERNS[name], q, k, v)
-    cut = [work_slots(PATTERNS[name], 300, inverse) for inverse in (False, True)]
+    assert_exact(pattern, q, k, v)
+    cut = [work_slots(pattern, 300, inverse) for inverse in (False, True)]
     plan.work_of.cache_clear()
     assert min(cut) > 0, "the case must have rows and columns that are cut"
 

@@ -7,7 +7,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kernels.patterns import causal, full, global_tokens, parse, random_blocks, window
+from kernels.algebra import Not
+from kernels.patterns import (
+    blocks,
+    causal,
+    dilated,
+    fixed,
+    full,
+    global_tokens,
+    others,
+    parse,
+    per_head,
+    random_blocks,
+    strided,
+    window,
+)
+from kernels.random_plan import hash_integers
 
 BIGBIRD = causal() & (window(3, block=4) | global_tokens(8) | random_blocks(2, block=4))
 
@@ -18,12 +33,26 @@ terms = st.one_of(
     sizes.map(window),
     st.tuples(sizes, sizes, sizes).map(lambda s: window(s[0], s[1], block=s[2])),
     sizes.map(global_tokens),
+    st.tuples(sizes, sizes).map(lambda s: dilated(*s)),
+    st.tuples(sizes, sizes, sizes).map(lambda s: dilated(*s)),
+    sizes.map(strided),
+    st.tuples(sizes, sizes, st.integers(0, 2)).map(
+        lambda s: fixed(s[0] + s[1] * (s[2] + 1) - 1, s[1], sub_block=s[2])
+    ),
+    st.tuples(st.integers(1, 4), st.integers(0, 2**16 - 1), sizes).map(
+        lambda s: blocks(
+            [[s[1] >> (4 * m + n) & 1 for n in range(s[0])] for m in range(s[0])], s[2]
+        )
+    ),
+    st.just(others()),
     st.tuples(sizes, sizes, sizes).map(lambda s: random_blocks(s[0], block=s[1], seed=s[2])),
 )
 patterns = st.recursive(
     terms,
     lambda p: st.one_of(
-        st.tuples(p, p).map(lambda t: t[0] & t[1]), st.tuples(p, p).map(lambda t: t[0] | t[1])
+        st.tuples(p, p).map(lambda t: t[0] & t[1]),
+        st.tuples(p, p).map(lambda t: t[0] | t[1]),
+        st.lists(p, min_size=1, max_size=3).map(lambda ps: per_head(*ps)),
     ),
     max_leaves=5,
 )
@@ -57,6 +86,97 @@ def test_block_window_follows_block_numbers():
         xxxx..
         ..xxxx
         ..xxxx""")
+
+
+def test_any_layout_of_blocks_reads_as_text_and_shows_nothing_beyond():
+    pattern = blocks("x./.x", block=2)
+    assert pattern.draw(5) == dedent("""\
+        xx...
+        xx...
+        ..xx.
+        ..xx.
+        .....""")
+    layout = torch.tensor([[True, False], [False, True]])
+    for same in (layout, layout.tolist(), ["x.", ".x"], "x.\n.x"):
+        assert blocks(same, 2) == pattern
+    assert repr(pattern) == "blocks('x./.x', block=2)"
+
+
+def test_each_head_has_its_pattern_in_turn():
+    pattern = causal() & per_head(window(1), window(2)) | others() & global_tokens(1)
+    assert torch.equal(pattern.dense(9, 2), pattern.dense(9, 0))
+    assert torch.equal(
+        pattern.dense(9, 3), (causal() & window(2) | others() & global_tokens(1)).dense(9)
+    )
+    head = torch.arange(4)[:, None, None]
+    i = torch.arange(9)
+    together = pattern.visible(i[:, None], i[None, :], head)
+    assert torch.equal(together, torch.stack([pattern.dense(9, h) for h in range(4)]))
+    assert repr(per_head(window(3), window(5))) == "per_head(window(3), window(5))"
+    assert not per_head(window(3), window(3)).differs_by_head
+
+
+# --------------------------------------------------------------------- the sets of the papers
+
+
+def row(pattern, i, length=None):
+    """The keys that query ``i`` sees."""
+    return pattern.dense(length or i + 1)[i].nonzero().flatten().tolist()
+
+
+def strided_of_paper(length):
+    return causal() & (window(length) | strided(length))
+
+
+def test_strided_and_fixed_rows_are_those_of_the_paper():
+    assert row(causal() & strided(4), 11) == [3, 7, 11]
+    assert row(strided_of_paper(4), 11) == [3, 7, 8, 9, 10, 11]
+    assert row(causal() & fixed(4, 1), 10) == [3, 7, 8, 9, 10]
+    assert row(causal() & fixed(4, 2), 10) == [2, 3, 6, 7, 8, 9, 10]
+    assert row(causal() & fixed(4, 1, sub_block=2), 10) == [1, 5, 8, 9, 10]
+
+
+def test_dilated_rows_are_those_of_longformer():
+    assert row(dilated(4, 2), 9) == [3, 5, 7, 9]
+    assert row(dilated(1, 2, 3), 4, 12) == [1, 4, 7, 10]
+    assert torch.equal(dilated(5, 1).dense(20), window(5).dense(20))
+
+
+@pytest.mark.parametrize("length", [1, 31, 32, 100])
+def test_rows_have_the_number_of_keys_that_the_paper_counts(length):
+    i = torch.arange(length)
+    rows = strided_of_paper(8).dense(length).sum(dim=1)
+    assert torch.equal(rows, (i + 1).clamp(max=8) + i // 8)
+    rows = (causal() & fixed(8, 3)).dense(length).sum(dim=1)
+    assert torch.equal(rows, i % 8 + 1 + 3 * (i // 8))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "length", "cells"),
+    [
+        (strided_of_paper(16), 256, 5_896),
+        (strided_of_paper(96), 3_072, 337_968),
+        (causal() & fixed(16, 4), 256, 9_856),
+        (causal() & fixed(128, 32), 12_288, 19_470_336),
+        (causal(), 12_288, 75_503_616),
+        (causal(), 2**20, 2**19 * (2**20 + 1)),
+    ],
+)
+def test_the_published_settings_have_so_many_cells(pattern, length, cells):
+    assert pattern.keys_per_query(length) * length == pytest.approx(cells, rel=1e-12)
+
+
+def unreached_in_two_hops(pattern, length):
+    """Pairs ``j <= i`` without a path of two visible cells from ``i`` to ``j``."""
+    seen = pattern.dense(length).float()
+    return int(torch.ones(length, length).tril().sum() - (seen @ seen > 0).sum())
+
+
+def test_two_hops_reach_every_earlier_token_but_not_through_other_sub_blocks():
+    assert unreached_in_two_hops(strided_of_paper(32), 512) == 0
+    assert unreached_in_two_hops(causal() & fixed(32, 8), 512) == 0
+    assert unreached_in_two_hops(causal() & fixed(32, 8, sub_block=1), 512) == 30_720
+    assert unreached_in_two_hops(causal() & fixed(32, 8, sub_block=3), 512) == 92_160
 
 
 @pytest.mark.parametrize("length", [1, 2, 17, 63, 64, 65, 129])
@@ -96,7 +216,8 @@ def test_a_pattern_that_says_it_is_causal_shows_no_later_key(pattern, length):
 @pytest.mark.parametrize(
     "text",
     ["", "causal(", "windw(3)", "window('3')", "window(3) + causal()", "__import__('os')",
-     "window(3, blck=2)", "causal() & 3", "causal().dense(3)", "window(True)"],
+     "window(3, blck=2)", "causal() & 3", "causal().dense(3)", "window(True)",
+     "~causal()", "per_head(3)", "global_tokens(causal())", "blocks(3, block=1)", "strided(2.5)"],
 )  # fmt: skip
 def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
     with pytest.raises(ValueError, match="cannot read the pattern"):
@@ -112,6 +233,21 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
         (lambda: global_tokens(0), r"global_tokens\(0\)"),
         (lambda: random_blocks(0, block=4), r"random_blocks\(0\)"),
         (lambda: random_blocks(1, block=0), "block=0"),
+        (lambda: random_blocks(1, block=1, seed=2**63), f"seed={2**63}"),
+        (lambda: dilated(0, 2), r"dilated\(0, 2\)"),
+        (lambda: dilated(3, 0), r"dilated\(3, 0\)"),
+        (lambda: dilated(-1, 3, 2), r"dilated\(-1, 3, 2\)"),
+        (lambda: dilated(1, 3, 0), r"dilated\(1, 3, 0\)"),
+        (lambda: strided(0), r"strided\(0\)"),
+        (lambda: fixed(0, 1), r"fixed\(0, 1"),
+        (lambda: fixed(8, 0), r"fixed\(8, 0"),
+        (lambda: fixed(8, 4, sub_block=-1), "sub_block=-1"),
+        (lambda: fixed(8, 4, sub_block=2), "sub_block=2"),
+        (lambda: blocks("x./.x", block=0), "block=0"),
+        (lambda: blocks("x./.", block=1), "2 rows"),
+        (lambda: blocks("", block=1), "0 rows"),
+        (lambda: blocks("xo/ox", block=1), "'o'"),
+        (lambda: per_head(), "got none"),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_value(make, given):
@@ -171,6 +307,63 @@ def test_causal_inside_or_outside_draws_the_same_blocks():
     fixed, drawn = window(3, block=4) | global_tokens(8), random_blocks(2, block=4)
     inside = (causal() & fixed) | (causal() & drawn)
     assert torch.equal(inside.dense(128), (causal() & (fixed | drawn)).dense(128))
+
+
+def test_draws_are_the_ones_that_the_rule_names():
+    # Draw n takes the (hash mod left)-th candidate that is left, counted from block 0.
+    around, beside = causal() & window(90), window(2, block=4) | global_tokens(5)
+    pattern = around & (beside | random_blocks(5, block=4, seed=3, layer=2))
+    term = pattern.bound().operands[2].operands[2]
+    plan = term.plan(3, 200)
+    assert plan.shape == (3, 50, 5)
+    allowed, taken = blocks_seen(around, 200, 4), blocks_seen(around & beside, 200, 4)
+    for head in range(3):
+        for block in range(50):
+            left = (allowed & ~taken)[block].nonzero().flatten().tolist()
+            for n in range(5):
+                wanted = (
+                    left.pop(int(hash_integers(3, 2, head, block, n)) % len(left)) if left else -1
+                )
+                assert plan[head, block, n] == wanted
+
+
+def test_each_head_draws_beside_what_it_sees():
+    near, far = window(2, block=4), window(9, block=4)
+    drawn = random_blocks(2, block=4)
+    mixed = causal() & (per_head(near, far) | drawn)
+    for head, seen in enumerate((near, far, near, far)):
+        assert torch.equal(mixed.dense(128, head), (causal() & (seen | drawn)).dense(128, head))
+
+
+def test_a_bound_term_keeps_its_surroundings_when_it_is_moved():
+    pattern = BIGBIRD.bound()
+    assert pattern.bound() == pattern
+    near, tokens, drawn = pattern.operands[1].operands
+    whole = near.dense(128) | tokens.dense(128) | drawn.dense(128)
+    assert torch.equal(causal().dense(128) & whole, BIGBIRD.dense(128))
+    assert torch.equal(Not(drawn).dense(128), ~drawn.dense(128))
+    assert torch.equal((full() & drawn).dense(128), drawn.dense(128))
+    assert repr(drawn) == "random_blocks(2, block=4)"
+    assert drawn != random_blocks(2, block=4)
+
+
+def test_a_middle_row_of_bigbird_has_eight_blocks():
+    bidirectional = window(1, 1, block=4) | global_tokens(8) | random_blocks(3, block=4)
+    seen = blocks_seen(bidirectional, 256, 4)
+    assert seen[4:-1].sum(dim=1).eq(8).all()
+    assert seen[:2].all()
+    assert seen[:, :2].all()
+    drawn = bidirectional.bound().operands[2].plan(1, 256)[0, 4:]
+    assert (drawn.sort(dim=1).values.diff(dim=1) > 0).all()
+
+
+def test_a_plan_of_a_million_tokens_needs_little():
+    pattern = (causal() & (window(3, block=64) | random_blocks(3, block=64))).bound()
+    plan = pattern.operands[1].operands[1].plan(1, 2**20)
+    assert plan.shape == (1, 2**14, 3)
+    block = torch.arange(2**14)[:, None]
+    assert (plan[0] <= (block - 3).clamp(min=-1)).all()
+    assert plan[0, 5:].ge(0).all()
 
 
 def test_the_plan_is_fixed_for_ever():

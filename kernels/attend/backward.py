@@ -5,15 +5,15 @@ With ``P = exp(S - lse)`` of the *whole* attention, every pass of a pattern adds
 arXiv:2307.08691, with the gradient through lse added).
 """
 
-import triton
 import triton.language as tl
 
 from kernels.primitives import (
     LOG2_E,
     document_range,
     entries_of_documents,
-    entries_of_piece,
+    head_and_batch,
     is_of_document,
+    kernel,
     load_rows,
     load_tile,
     positions_of,
@@ -23,26 +23,25 @@ from kernels.primitives import (
 )
 
 
-@triton.jit
+@kernel
 def query_kernel(
-    q_ptr, k, v, out_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, dq_ptr, prior_ptr, part_ptr,
+    q_ptr, k, v, out_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, lse2_ptr, dq_ptr, prior_ptr, part_ptr,
     q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride,
-    group_size, items, offsets, entries, table, head_of, documents, q_position, k_position,
-    q_position_stride, k_position_stride, offsets_stride, table_stride,
+    group_size, items, entries, table, head_of, documents, q_position, k_position,
+    q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of a tile of queries. The first pass of a chain also stores ``shift``."""
-    item = tl.program_id(0) % work
-    batch_head = tl.program_id(0) // work
-    batch = (batch_head // launch_heads).to(tl.int64)
-    head = tl.load(head_of + batch_head % launch_heads)
-    row, piece, pieces, slot = work_item(items, item)
-    low, high = entries_of_piece(offsets + head * offsets_stride, row, piece, pieces)
+    """Gradient of a tile of queries. The first pass of a chain also stores ``shift`` and ``lse2``,
+
+    the lse in base 2, infinite for queries that see nothing: exp2(score - lse2) is then 0.
+    """
+    item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
+    row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
     table += head * table_stride
     kv_head = head // group_size
 
@@ -54,12 +53,13 @@ def query_kernel(
     q = load_rows(q_ptr, i, queries, q_stride[2], d, q_stride[3], D)
     dout = load_rows(dout_ptr, i, queries, dout_stride[2], dv, dout_stride[3], DV)
     row_base = (batch * heads + head) * queries
-    lse = tl.load(lse_ptr + row_base + i, mask=i < queries, other=float("-inf"))
-    blind = lse == float("-inf")  # no visible key, or no query: every weight is exp2(-inf) = 0
-    lse = tl.where(blind, float("inf"), lse) * LOG2_E
     if prior_ptr is not None:
         shift = tl.load(shift_ptr + row_base + i, mask=i < queries, other=0.0)
+        lse = tl.load(lse2_ptr + row_base + i, mask=i < queries, other=float("inf"))
     else:
+        lse = tl.load(lse_ptr + row_base + i, mask=i < queries, other=float("-inf"))
+        blind = lse == float("-inf")
+        lse = tl.where(blind, float("inf"), lse * LOG2_E)
         out_ptr += batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
         out = load_rows(out_ptr, i, queries, out_stride[2], dv, out_stride[3], DV)
         shift = tl.sum(out.to(tl.float32) * dout.to(tl.float32), axis=1)
@@ -67,6 +67,7 @@ def query_kernel(
             shift -= tl.load(dlse_ptr + row_base + i, mask=i < queries, other=0.0)
         shift = tl.where(blind, 0.0, shift)
         tl.store(shift_ptr + row_base + i, shift, mask=i < queries)
+        tl.store(lse2_ptr + row_base + i, lse, mask=i < queries)
     dout = dout.to(q.dtype)
     k_base = batch * k_stride[0] + kv_head.to(tl.int64) * k_stride[1]
     v_base = batch * v_stride[0] + kv_head.to(tl.int64) * v_stride[1]
@@ -83,10 +84,12 @@ def query_kernel(
         tile = tl.load(entries + entry)
         j_slot = (tile >> 1) * BLOCK_J
         j = token_of(j_slot + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
-        k_tile = load_tile(k, k_base, batch.to(tl.int32), kv_head, j_slot, j, keys, k_stride[2], d,
-                           k_stride[3], D, TMA)  # fmt: skip
-        v_tile = load_tile(v, v_base, batch.to(tl.int32), kv_head, j_slot, j, keys, v_stride[2], dv,
-                           v_stride[3], DV, TMA)  # fmt: skip
+        k_tile = load_tile(
+            k, k_base, batch.to(tl.int32), kv_head, j_slot, group, k_run, k_first, j, keys,
+            k_stride[2], d, k_stride[3], D, TMA, K_ORDER)  # fmt: skip
+        v_tile = load_tile(
+            v, v_base, batch.to(tl.int32), kv_head, j_slot, group, k_run, k_first, j, keys,
+            v_stride[2], dv, v_stride[3], DV, TMA, K_ORDER)  # fmt: skip
         score = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         dweight = tl.dot(dout, tl.trans(v_tile), input_precision=PRECISION)
         weight = tl.exp2(score * (scale * LOG2_E) - lse[:, None])
@@ -108,7 +111,7 @@ def query_kernel(
     dq = dq * scale
     if slot >= 0:
         r = tl.arange(0, BLOCK_I)
-        part = batch_head.to(tl.int64) * slots + slot
+        part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
         store_rows(part_ptr + part * BLOCK_I * D, dq, r, BLOCK_I, D, d, D)
     else:
         base = batch * dq_stride[0] + head.to(tl.int64) * dq_stride[1]
@@ -117,30 +120,28 @@ def query_kernel(
         store_rows(dq_ptr + base, dq, i, queries, dq_stride[2], d, D)
 
 
-@triton.jit
+@kernel
 def key_kernel(
-    q, k_ptr, v_ptr, dout, lse_ptr, shift_ptr, dk_ptr, dv_ptr, dk_prior_ptr, dv_prior_ptr,
+    q, k_ptr, v_ptr, dout, shift_ptr, lse2_ptr, dk_ptr, dv_ptr, dk_prior_ptr, dv_prior_ptr,
     dk_part_ptr, dv_part_ptr,
     q_stride, k_stride, v_stride, dout_stride, dk_stride, dv_stride,
-    kv_of, items, offsets, entries, table, head_of, documents, q_position, k_position,
-    q_position_stride, k_position_stride, offsets_stride, table_stride,
+    sharing, items, entries, table, head_of, documents, q_position, k_position,
+    q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, summed over the query heads that share them.
 
-    ``kv_of`` holds ``(key head, first, last)``: heads ``head_of[first:last]`` share the key head.
+    ``head_of`` lists the key heads (None: all), and ``sharing (key heads, SHARED)`` the query heads of
+    each, -1 where there are fewer (None: query head n has key head n).
     """
-    item = tl.program_id(0) % work
-    batch_head = tl.program_id(0) // work
-    batch = (batch_head // launch_heads).to(tl.int64)
-    shared = kv_of + 3 * (batch_head % launch_heads)
-    kv_head, first_head, last_head = tl.load(shared), tl.load(shared + 1), tl.load(shared + 2)
-    row, piece, pieces, slot = work_item(items, item)
+    item, kv_head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
+    # Rows and slots are the same for every head.
+    row, low, high, slot = work_item(items, item, kv_head, work, False)
 
     group = row // rows
     j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
@@ -156,33 +157,36 @@ def key_kernel(
 
     dk = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     dv = tl.zeros((BLOCK_J, BLOCK_DV), tl.float32)
-    for shared_head in range(first_head, last_head):
-        head = tl.load(head_of + shared_head)
-        low, high = entries_of_piece(offsets + head * offsets_stride, row, piece, pieces)
+    for n in range(SHARED):
+        head = kv_head
+        if sharing is not None:
+            head = tl.load(sharing + tl.program_id(0) // work % launch_heads * SHARED + n)
+        if PER_HEAD:
+            _, low, high, _ = work_item(items, item, tl.maximum(head, 0), work, True)
+        first_entry, last_entry = low, tl.where(head < 0, low, high)
         if documents is not None:
-            low, high = entries_of_documents(
-                entries, low, high, documents, first_document, last_document, queries, BLOCK_I,
-                group, 1, q_step, 0, Q_ORDER)  # fmt: skip
+            first_entry, last_entry = entries_of_documents(
+                entries, first_entry, last_entry, documents, first_document, last_document, queries,
+                BLOCK_I, group, 1, q_step, 0, Q_ORDER)  # fmt: skip
         numbers = table + head * table_stride
         q_base = batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
         dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
         row_base = (batch * heads + head) * queries
-        for entry in tl.range(low, high, num_stages=STAGES):
+        for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             tile = tl.load(entries + entry)
             i_slot = (tile >> 1) * BLOCK_I
             i = token_of(i_slot + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
-            q_tile = load_tile(q, q_base, batch.to(tl.int32), head, i_slot, i, queries, q_stride[2],
-                               d, q_stride[3], D, TMA)  # fmt: skip
-            dout_tile = load_tile(dout, dout_base, batch.to(tl.int32), head, i_slot, i, queries,
-                                  dout_stride[2], d_value, dout_stride[3], DV, TMA)  # fmt: skip
+            q_tile = load_tile(
+                q, q_base, batch.to(tl.int32), head, i_slot, group, 1, 0, i, queries,
+                q_stride[2], d, q_stride[3], D, TMA, Q_ORDER)  # fmt: skip
+            dout_tile = load_tile(
+                dout, dout_base, batch.to(tl.int32), head, i_slot, group, 1, 0, i, queries,
+                dout_stride[2], d_value, dout_stride[3], DV, TMA, Q_ORDER)  # fmt: skip
             dout_tile = dout_tile.to(q_tile.dtype)
-            lse = tl.load(lse_ptr + row_base + i, mask=i < queries, other=float("-inf"))
-            lse = tl.where(lse == float("-inf"), float("inf"), lse) * LOG2_E
+            lse2 = tl.load(lse2_ptr + row_base + i, mask=i < queries, other=float("inf"))
             shift = tl.load(shift_ptr + row_base + i, mask=i < queries, other=0.0)
             score = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # (j, i)
-            weight = tl.exp2(score * (scale * LOG2_E) - lse[None, :])
-            dweight = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
-            dscore = weight * (dweight - shift[None, :])
+            weight = tl.exp2(score * (scale * LOG2_E) - lse2[None, :])
             whole = tile & 1
             if documents is not None:
                 whole = whole & (first_document == last_document)
@@ -194,14 +198,17 @@ def key_kernel(
                     i_document = tl.load(documents + i, mask=i < queries, other=-2)
                     seen = seen & (i_document[None, :] == j_document[:, None])
                 weight = tl.where(seen, weight, 0.0)
-                dscore = tl.where(seen, dscore, 0.0)
+            dweight = tl.dot(v, tl.trans(dout_tile), input_precision=PRECISION)
             dv = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv, input_precision=PRECISION)
+            dscore = weight * (dweight - shift[None, :])
+            if whole == 0:  # 0 * inf, where an unseen value is huge
+                dscore = tl.where(weight == 0.0, 0.0, dscore)
             dk = tl.dot(dscore.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
 
     dk = dk * scale
     if slot >= 0:
         r = tl.arange(0, BLOCK_J)
-        part = batch_head.to(tl.int64) * slots + slot
+        part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
         store_rows(dk_part_ptr + part * BLOCK_J * D, dk, r, BLOCK_J, D, d, D)
         store_rows(dv_part_ptr + part * BLOCK_J * DV, dv, r, BLOCK_J, DV, d_value, DV)
     else:
@@ -214,26 +221,30 @@ def key_kernel(
         store_rows(dv_ptr + dv_base, dv, j, keys, dv_stride[2], d_value, DV)
 
 
-@triton.jit
+@kernel
 def sum_pieces_kernel(
-    dx_ptr, prior_ptr, part_ptr, dx_stride, pieces_of, head_of, head_stride,
+    dx_ptr, prior_ptr, part_ptr, dx_stride, pieces_of, head_of,
     launch_heads, work, slots, rows, tokens, run, step, first,
     ORDER: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Add up the pieces of rows that were cut, in order: ``pieces_of`` is ``(row, slot, pieces)``."""
-    item = tl.program_id(0) % work
-    batch_head = tl.program_id(0) // work
-    batch = (batch_head // launch_heads).to(tl.int64)
-    head = tl.load(head_of + head_stride * (batch_head % launch_heads))
-    row, slot = tl.load(pieces_of + 3 * item), tl.load(pieces_of + 3 * item + 1)
-    pieces = tl.load(pieces_of + 3 * item + 2)
-    r, d = tl.arange(0, BLOCK), tl.arange(0, BLOCK_D)
+    """Add up the pieces of ROWS tokens of a row that was cut, PIECES at a time, in a fixed order."""
+    chunks: tl.constexpr = BLOCK // ROWS
+    item, head, batch = head_and_batch(tl.program_id(0), work * chunks, head_of, launch_heads)
+    row = tl.load(pieces_of + 3 * (item // chunks))
+    slot = tl.load(pieces_of + 3 * (item // chunks) + 1)
+    pieces = tl.load(pieces_of + 3 * (item // chunks) + 2)
+    r, d = item % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_D)
     token = token_of(row % rows * BLOCK + r, row // rows, run, step, first, ORDER)
     base = batch * dx_stride[0] + head.to(tl.int64) * dx_stride[1]
-    dx = tl.zeros((BLOCK, BLOCK_D), tl.float32)
+    slot += (tl.program_id(0) // (work * chunks)).to(tl.int64) * slots
+    dx = tl.zeros((ROWS, BLOCK_D), tl.float32)
     if prior_ptr is not None:
         dx += load_rows(prior_ptr + base, token, tokens, dx_stride[2], d, 1, D)
-    for piece in range(pieces):
-        part = batch_head.to(tl.int64) * slots + slot + piece
-        dx += load_rows(part_ptr + part * BLOCK * D, r, BLOCK, D, d, 1, D)
+    for first_piece in range(0, pieces, PIECES):
+        n = first_piece + tl.arange(0, PIECES)
+        line = (slot + n)[:, None] * BLOCK + r[None, :]
+        address = part_ptr + line[:, :, None] * D + d[None, None, :]
+        exists = (n < pieces)[:, None, None] & (line >= 0)[:, :, None] & (d < D)[None, None, :]
+        dx += tl.sum(tl.load(address, mask=exists, other=0.0), axis=0)
     store_rows(dx_ptr + base, dx, token, tokens, dx_stride[2], d, D)

@@ -7,8 +7,9 @@ from kernels.primitives import (
     LOG2_E,
     document_range,
     entries_of_documents,
-    entries_of_piece,
+    head_and_batch,
     is_of_document,
+    kernel,
     load_rows,
     load_tile,
     positions_of,
@@ -19,30 +20,26 @@ from kernels.primitives import (
 )
 
 
-@triton.jit
+@kernel
 def forward_kernel(
     q_ptr, k, v, out_ptr, lse_ptr, prior_ptr, part_ptr, part_lse_ptr,
     q_stride, k_stride, v_stride, out_stride,
-    group_size, items, offsets, entries, table, head_of, documents, q_position, k_position,
-    q_position_stride, k_position_stride, offsets_stride, table_stride,
+    group_size, items, entries, table, head_of, documents, q_position, k_position,
+    q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``work`` items are ``(row, piece, pieces, slot)``: a row with many tiles is cut into pieces.
+    """Output of a tile of queries, or of a piece of its row: long rows are cut.
 
     A whole row (slot < 0) is written to ``out`` and ``lse``, merged with the pass before it if there
     was one (its output in ``prior``, its lse in ``lse``); a piece goes to its slot of ``part``.
     """
-    item = tl.program_id(0) % work
-    batch_head = tl.program_id(0) // work
-    batch = (batch_head // launch_heads).to(tl.int64)
-    head = tl.load(head_of + batch_head % launch_heads)
-    row, piece, pieces, slot = work_item(items, item)
-    low, high = entries_of_piece(offsets + head * offsets_stride, row, piece, pieces)
+    item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
+    row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
     table += head * table_stride
     kv_head = head // group_size
 
@@ -68,8 +65,9 @@ def forward_kernel(
         tile = tl.load(entries + entry)
         j_slot = (tile >> 1) * BLOCK_J
         j = token_of(j_slot + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
-        k_tile = load_tile(k, k_base, batch.to(tl.int32), kv_head, j_slot, j, keys, k_stride[2], d,
-                           k_stride[3], D, TMA)  # fmt: skip
+        k_tile = load_tile(
+            k, k_base, batch.to(tl.int32), kv_head, j_slot, group, k_run, k_first, j, keys,
+            k_stride[2], d, k_stride[3], D, TMA, K_ORDER)  # fmt: skip
         score = tl.dot(q, tl.trans(k_tile), input_precision=PRECISION)
         last = token_of(j_slot + BLOCK_J - 1, group, k_run, k_step, k_first, K_ORDER)
         whole = (tile & 1) & (last < keys)
@@ -85,8 +83,9 @@ def forward_kernel(
             score = tl.where(seen, score, float("-inf"))
         weight, shrink, row_max, row_sum = softmax_step(
             score, row_max, row_sum, scale * LOG2_E)  # fmt: skip
-        v_tile = load_tile(v, v_base, batch.to(tl.int32), kv_head, j_slot, j, keys, v_stride[2], dv,
-                           v_stride[3], DV, TMA)  # fmt: skip
+        v_tile = load_tile(
+            v, v_base, batch.to(tl.int32), kv_head, j_slot, group, k_run, k_first, j, keys,
+            v_stride[2], dv, v_stride[3], DV, TMA, K_ORDER)  # fmt: skip
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None],
                      input_precision=PRECISION)  # fmt: skip
 
@@ -96,7 +95,7 @@ def forward_kernel(
     lse = tl.where(seen_any, row_max * scale + tl.log2(row_sum) / LOG2_E, float("-inf"))
     if slot >= 0:
         r = tl.arange(0, BLOCK_I)
-        part = batch_head.to(tl.int64) * slots + slot
+        part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
         store_rows(part_ptr + part * BLOCK_I * DV, out, r, BLOCK_I, DV, dv, DV)
         tl.store(part_lse_ptr + part * BLOCK_I + r, lse)
     else:
@@ -122,31 +121,51 @@ def merge_pair(out1, lse1, out2, lse2):
     return out, tl.where(total > 0, safe + tl.log2(total) / LOG2_E, float("-inf"))
 
 
-@triton.jit
+@kernel
 def merge_pieces_kernel(
     out_ptr, lse_ptr, prior_ptr, part_ptr, part_lse_ptr, out_stride,
     pieces_of, head_of, heads, launch_heads, work, slots, rows, queries, q_step,
     Q_ORDER: tl.constexpr, BLOCK_I: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
+    ROWS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the pieces of the rows that were cut: ``pieces_of`` holds ``(row, slot, pieces)``."""
-    item = tl.program_id(0) % work
-    batch_head = tl.program_id(0) // work
-    batch = (batch_head // launch_heads).to(tl.int64)
-    head = tl.load(head_of + batch_head % launch_heads)
-    row, slot = tl.load(pieces_of + 3 * item), tl.load(pieces_of + 3 * item + 1)
-    pieces = tl.load(pieces_of + 3 * item + 2)
-    r, dv = tl.arange(0, BLOCK_I), tl.arange(0, BLOCK_DV)
+    """Merge the pieces of ROWS queries of a row that was cut; ``pieces_of`` is ``(row, slot, pieces)``.
+
+    PIECES are read at a time: few programs run here, and each must keep many loads in flight.
+    """
+    chunks: tl.constexpr = BLOCK_I // ROWS
+    item, head, batch = head_and_batch(tl.program_id(0), work * chunks, head_of, launch_heads)
+    row = tl.load(pieces_of + 3 * (item // chunks))
+    slot = tl.load(pieces_of + 3 * (item // chunks) + 1)
+    pieces = tl.load(pieces_of + 3 * (item // chunks) + 2)
+    r, dv = item % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
     i = token_of(row % rows * BLOCK_I + r, row // rows, 1, q_step, 0, Q_ORDER)
     out_base = batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
     lse_ptr += (batch * heads + head) * queries
-    out = tl.zeros((BLOCK_I, BLOCK_DV), tl.float32)
-    lse = tl.full((BLOCK_I,), float("-inf"), tl.float32)
+    slot += (tl.program_id(0) // (work * chunks)).to(tl.int64) * slots
+
+    largest = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, BLOCK_DV), tl.float32)
+    for first in range(0, pieces, PIECES):
+        n = first + tl.arange(0, PIECES)
+        line = (slot + n)[:, None] * BLOCK_I + r[None, :]
+        exists = (n < pieces)[:, None] & (line >= 0)
+        lse = tl.load(part_lse_ptr + line, mask=exists, other=float("-inf")) * LOG2_E
+        address = part_ptr + line[:, :, None] * DV + dv[None, None, :]
+        part = tl.load(address, mask=exists[:, :, None] & (dv < DV)[None, None, :], other=0.0)
+        new = tl.maximum(largest, tl.max(lse, axis=0))
+        safe = tl.where(new == float("-inf"), 0.0, new)
+        weight, shrink = tl.exp2(lse - safe[None, :]), tl.exp2(largest - safe)
+        total = total * shrink + tl.sum(weight, axis=0)
+        out = out * shrink[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        largest = new
+    seen_any = total > 0
+    total = tl.where(seen_any, total, 1.0)
+    out = out / total[:, None]
+    lse = tl.where(seen_any, (largest + tl.log2(total)) / LOG2_E, float("-inf"))
     if prior_ptr is not None:
-        out = load_rows(prior_ptr + out_base, i, queries, out_stride[2], dv, 1, DV)
-        lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
-    for piece in range(pieces):
-        part = batch_head.to(tl.int64) * slots + slot + piece
-        other = load_rows(part_ptr + part * BLOCK_I * DV, r, BLOCK_I, DV, dv, 1, DV)
-        out, lse = merge_pair(out, lse, other, tl.load(part_lse_ptr + part * BLOCK_I + r))
+        before = load_rows(prior_ptr + out_base, i, queries, out_stride[2], dv, 1, DV)
+        before_lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
+        out, lse = merge_pair(before, before_lse, out, lse)
     store_rows(out_ptr + out_base, out, i, queries, out_stride[2], dv, DV)
     tl.store(lse_ptr + i, lse, mask=i < queries)

@@ -29,11 +29,11 @@ def attend(q, k, v, pattern: Pattern, scale, documents, q_position, k_position, 
     return torch.ops.strider.attend(q, k, v, *rest, out_dtype)
 
 
-@functools.lru_cache(maxsize=1024)
 def _text(pattern: Pattern) -> str:
-    return repr(pattern)
+    return repr(pattern) if torch.compiler.is_compiling() else _cached_text(pattern)
 
 
+_cached_text = functools.lru_cache(maxsize=1024)(repr)
 _pattern = functools.lru_cache(maxsize=1024)(parse)
 
 

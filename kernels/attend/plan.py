@@ -19,13 +19,17 @@ from kernels.spans import Order
 from kernels.terms import Causal, Dilated, Fixed, Others, PerHead, Strided, Window
 from kernels.tiles import TileList, list_tiles
 
-PIECE = 16  # tiles: a row is cut into pieces of twice the mean row, but of no fewer than this
+# A row is cut into pieces of so many mean rows, but of no fewer tiles than this.
+PIECE_ROWS, PIECE_TILES = 2, 16
 ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pass:
-    """A part of a pattern that one kernel runs: for some heads, with tokens in some order."""
+    """A part of a pattern that one kernel runs: for some heads, with tokens in some order.
+
+    What is kept for a pass (its lists, its rule) is found by the object itself, at no cost.
+    """
 
     pattern: Pattern
     heads: tuple[int, ...]
@@ -38,7 +42,8 @@ class Pass:
         return self.k_order.run == 1
 
 
-def chains(pattern: Pattern, heads: int) -> list[tuple[Pass, ...]]:
+@functools.lru_cache(maxsize=512)
+def chains(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
     """Passes of a pattern in chains: each head is in one chain, and runs its passes in order.
 
     The keys of the passes of a chain are disjoint, and together they are the pattern.
@@ -52,7 +57,13 @@ def chains(pattern: Pattern, heads: int) -> list[tuple[Pass, ...]]:
     for parts, own in heads_of.items():
         if not _is_plain(parts):
             found.append(tuple(Pass(part, tuple(own), *_orders(part)) for part in parts))
-    return found
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=512)
+def whole(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
+    """The pattern in one pass, for callers that bring a tile list of their own."""
+    return ((Pass(pattern.bound(), tuple(range(heads))),),)
 
 
 def _for_head(pattern: Pattern, head: int) -> Pattern:
@@ -131,54 +142,66 @@ def _orders(part: Pattern) -> tuple[Order, Order]:
 
 @dataclass(frozen=True, eq=False)
 class Work:
-    """A tile list as a kernel reads it, with the items that its programs take.
+    """A tile list as a kernel reads it: items for its programs, and the entries that they visit.
 
     Args:
-        items: ``(work, 4)`` int32: row, piece, pieces, slot (-1 for a row that is not cut).
+        items: ``(heads or 1, work, 4)`` int32: row, first and last entry, and a slot for the result
+            of a piece of a row (-1 for a row that is whole). Rows and slots are those of every head.
         cut: ``(cut rows, 3)`` int32: row, first slot, pieces.
         slots: pieces of all cut rows.
-        offsets: ``(heads or 1, rows + 1)`` int32 into ``entries``.
         entries: tile number times two, plus one if the whole tile is visible, int32.
         rows: tiles of one group.
+        tile_rows: rows of the list, over the groups and heads.
     """
 
     items: Tensor
     cut: Tensor
     slots: int
-    offsets: Tensor
     entries: Tensor
     rows: int
+    tile_rows: int
+
+    def __len__(self) -> int:
+        """Programs of one batch and head."""
+        return self.items.shape[1]
 
     @property
-    def offsets_stride(self) -> int:
-        return self.offsets.stride(0) if len(self.offsets) > 1 else 0
+    def differs_by_head(self) -> bool:
+        return len(self.items) > 1
+
+    @property
+    def mean_tiles(self) -> float:
+        """Tiles that a row visits."""
+        return self.entries.numel() / self.tile_rows
 
 
 def make_work(tiles: TileList, device: torch.device) -> Work:
     """Cut rows with many tiles into pieces, longest rows first."""
     total, heads = tiles.shape[0], tiles.heads
-    offsets = tiles.offsets
-    rows = torch.arange(heads, device=offsets.device)[:, None] * total
-    offsets = offsets[rows + torch.arange(total + 1, device=offsets.device)]
-    longest = offsets.diff(dim=1).amax(dim=0)
-    most = max(PIECE, 2 * (len(tiles) // (total * heads) + 1))
-    pieces = ((longest + most - 1) // most).clamp(min=1)
+    start = tiles.offsets[:-1].view(heads, total).long()
+    count = tiles.offsets.diff().view(heads, total)
+    longest = count.amax(dim=0)
+    most = max(PIECE_TILES, PIECE_ROWS * (len(tiles) // (total * heads) + 1))
     row = longest.argsort(descending=True, stable=True)
-    pieces = pieces[row]
-    slot = torch.where(pieces > 1, pieces, 0).cumsum(0)
-    cut = torch.stack((row, slot - pieces, pieces), dim=1)[pieces > 1]
-    of_row = torch.repeat_interleave(pieces)
-    piece = torch.arange(len(of_row), device=row.device) - (pieces.cumsum(0) - pieces)[of_row]
-    own_slot = torch.where(pieces > 1, slot - pieces, -1)[of_row]
-    own_slot = torch.where(own_slot < 0, -1, own_slot + piece)
-    items = torch.stack((row[of_row], piece, pieces[of_row], own_slot), dim=1)
+    pieces = ((longest[row] + most - 1) // most).clamp(min=1)
+    slots = torch.where(pieces > 1, pieces, 0).cumsum(0)
+    first_slot = torch.where(pieces > 1, slots - pieces, -1)
+    cut = torch.stack((row, first_slot, pieces), dim=1)[pieces > 1]
+    which = torch.repeat_interleave(pieces)
+    piece = torch.arange(len(which), device=row.device) - (pieces.cumsum(0) - pieces)[which]
+    row, pieces, first_slot = row[which], pieces[which], first_slot[which]
+    slot = torch.where(first_slot < 0, -1, first_slot + piece)
+    low = start[:, row] + count[:, row] * piece // pieces
+    high = start[:, row] + count[:, row] * (piece + 1) // pieces
+    shared = (x.expand(heads, -1) for x in (row, slot))
+    items = torch.stack((next(shared), low, high, next(shared)), dim=2)
     return Work(
         items.int().contiguous().to(device),
         cut.int().contiguous().to(device),
-        int(slot[-1]),
-        offsets.int().contiguous().to(device),
+        int(slots[-1]),
         (tiles.keys * 2 + tiles.full).int().to(device),
         total // tiles.groups,
+        total * heads,
     )
 
 

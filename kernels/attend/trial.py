@@ -12,7 +12,7 @@ PATTERN = causal() & (window(150) | global_tokens(3))
 LENGTH = 1100
 
 
-def is_right(direction: str, head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
+def is_right(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether output and gradients are as exact as the reference computes them in this dtype.
 
     The allowance is that of the tests: twice the error of the reference in the same dtype (which
@@ -44,23 +44,21 @@ def compare(
 
 
 def milliseconds(
-    direction: str, head_size: int, dtype: torch.dtype, device: torch.device
+    direction: str, rows: str, head_size: int, dtype: torch.dtype, device: torch.device
 ) -> float:
     """Time of the forward pass, or of the whole backward pass, at a common shape."""
     q, k, v, dout = _inputs(8, 8192, head_size, dtype, device)
-    pattern = causal() & window(512)
+    pattern = causal() & window(512) if rows == "short" else causal()
+    if direction == "forward":
+        with torch.no_grad():
+            return _median(lambda: attend(q, k, v, pattern, implementation="fused"))
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    out, _ = attend(*leaves, pattern, implementation="fused")
+    return _median(lambda: torch.autograd.grad(out, leaves, dout, retain_graph=True))
 
-    def run():
-        return attend(q, k, v, pattern, implementation="fused")[0]
 
-    if direction != "forward":
-        q, k, v = (x.requires_grad_() for x in (q, k, v))
-        out = run()
-
-        def run():
-            return torch.autograd.grad(out, (q, k, v), dout, retain_graph=True)
-
-    return triton.testing.do_bench(run, warmup=5, rep=20, return_mode="median")
+def _median(function) -> float:
+    return triton.testing.do_bench(function, warmup=5, rep=20, return_mode="median")
 
 
 def _inputs(heads, length, head_size, dtype, device) -> list[torch.Tensor]:

@@ -23,6 +23,8 @@ from kernels.interpreter import INTERPRETED
 log = logging.getLogger(__name__)
 
 DIRECTIONS = ("forward", "queries", "keys")
+ROWS = ("short", "long")  # few tiles a row, as in a window, or many, as in dense attention
+LONG = 2048  # tokens that a row of a long list visits on average
 HEAD_SIZES = (16, 32, 64, 128, 256)  # a head is padded to the next of these
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -50,30 +52,27 @@ def candidates(direction: str, head_size: int, dtype: torch.dtype) -> list[Confi
     """The search space of one kernel; the first one is the safe choice."""
     if dtype == torch.float32:  # no tensor cores: small tiles, or registers spill
         tiles = [(32, 32, 4), (16, 64, 4), (64, 32, 4), (32, 64, 8)]
-        return [Config(*tile, stages) for tile in tiles for stages in (1, 2)]
+        return [Config(*tile, stages) for stages in (1, 2) for tile in tiles]
     if head_size == 256:
         tiles = [(64, 32, 4), (32, 64, 4), (64, 64, 8), (128, 32, 8)]
     elif direction == "keys":
-        tiles = [(32, 64, 4), (64, 64, 4), (64, 128, 8), (32, 128, 8), (128, 64, 4)]
+        tiles = [(32, 64, 4), (64, 64, 4), (128, 64, 4), (64, 128, 8), (32, 128, 8)]
     else:
-        tiles = [(64, 64, 4), (64, 32, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8)]
-    return [Config(*tile, stages) for tile in tiles for stages in (2, 3, 4)]
+        tiles = [(64, 64, 4), (64, 128, 4), (64, 32, 4), (128, 64, 8), (128, 128, 8)]
+    return [Config(*tile, stages) for stages in (2, 3, 4) for tile in tiles]
 
 
 def config_for(
-    direction: str, head_size: int, dtype: torch.dtype, device: torch.device,
-    tile: tuple[int, int] | None = None,
+    direction: str, head_size: int, dtype: torch.dtype, device: torch.device, rows: str = "short"
 ) -> Config:  # fmt: skip
     """The configuration of a kernel.
 
     Args:
         direction: "forward", "queries" (dQ) or "keys" (dK and dV).
         head_size: the larger of D and Dv.
-        tile: the tile that the caller's list has, if there is one.
+        rows: "short" or "long", what a program has to visit.
     """
     padded = max(16, triton.next_power_of_2(head_size))
-    if tile is not None:
-        return Config(*tile, 8 if tile[0] * tile[1] >= 128 * 128 else 4, 2)
     if direction in _forced:
         return _forced[direction]
     if INTERPRETED:
@@ -83,8 +82,7 @@ def config_for(
     if name not in table or str(padded) not in table[name]:
         found = tune(padded, dtype, device)
         _remember(torch.cuda.get_device_name(device), name, str(padded), found)
-        return found[direction]
-    return Config(*table[name][str(padded)][direction])
+    return Config(*table[name][str(padded)][rows][direction])
 
 
 _forced: dict[str, Config] = {}
@@ -107,7 +105,7 @@ def forced(**configs: Config) -> Iterator[None]:
 
 @functools.cache
 def shipped() -> dict:
-    """card -> dtype -> padded head size -> direction -> [queries, keys, warps, stages]."""
+    """card -> dtype -> padded head size -> rows -> direction -> [queries, keys, warps, stages]."""
     return json.loads((Path(__file__).parent / "configs.json").read_text())
 
 
@@ -123,8 +121,11 @@ def tuned(card: str) -> dict:
     return known
 
 
-def _remember(card: str, dtype: str, size: str, found: dict[str, Config]) -> None:
-    plain = {direction: astuple(config) for direction, config in found.items()}
+def _remember(card: str, dtype: str, size: str, found: dict[str, dict[str, Config]]) -> None:
+    plain = {
+        rows: {direction: astuple(config) for direction, config in configs.items()}
+        for rows, configs in found.items()
+    }
     tuned(card).setdefault(dtype, {})[size] = plain
     file = _cache_file(card)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -142,30 +143,38 @@ def _cache_file(card: str) -> Path:
 # ------------------------------------------------------------------------------ tuning
 
 
-def tune(head_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, Config]:
-    """Time candidates of each direction whose numbers are right; a few seconds a direction.
+def tune(
+    head_size: int, dtype: torch.dtype, device: torch.device, most: int | None = 8
+) -> dict[str, dict[str, Config]]:
+    """The fastest configurations whose numbers are right: rows -> direction -> configuration.
+
+    Args:
+        most: candidates of a direction that are tried, None for all: a kernel compiles in seconds.
 
     Raises:
         RuntimeError: if no candidate of a direction computes the right numbers on this card.
     """
     from kernels.attend import trial  # which calls attend, which asks for configurations
 
-    log.info(f"tuning attention for {torch.cuda.get_device_name(device)}, {dtype}, D={head_size}")
-    found: dict[str, Config] = {}
+    card = torch.cuda.get_device_name(device)
+    log.warning(f"tuning attention once for {card}, {dtype}, heads of {head_size}")
+    found: dict[str, dict[str, Config]] = {rows: {} for rows in ROWS}
     for direction in DIRECTIONS:
-        safe = {d: candidates(d, head_size, dtype)[0] for d in DIRECTIONS} | found
-        times = {}
-        for config in candidates(direction, head_size, dtype):
-            if config.stages > 3:
-                continue
-            with forced(**safe | {direction: config}):
-                if trial.is_right(direction, head_size, dtype, device):
-                    times[config] = trial.milliseconds(direction, head_size, dtype, device)
-        if not times:
+        safe = {d: candidates(d, head_size, dtype)[0] for d in DIRECTIONS}
+        times: dict[str, dict[Config, float]] = {rows: {} for rows in ROWS}
+        for config in candidates(direction, head_size, dtype)[:most]:
+            with forced(**safe | found["short"] | {direction: config}):
+                if trial.is_right(head_size, dtype, device):
+                    for rows in ROWS:
+                        times[rows][config] = trial.milliseconds(
+                            direction, rows, head_size, dtype, device
+                        )
+        if not times["short"]:
             raise RuntimeError(
-                f"no configuration of the {direction} kernel computes the right numbers on "
-                f"{torch.cuda.get_device_name(device)} with Triton {triton.__version__}; use "
-                f"implementation='reference', and report the output of `python -m bench.verify`."
+                f"no configuration of the {direction!r} kernel computes the right numbers on {card} "
+                f"with Triton {triton.__version__}; use implementation='reference', and report the "
+                f"output of `python -m bench.verify`."
             )
-        found[direction] = min(times, key=times.get)
+        for rows in ROWS:
+            found[rows][direction] = min(times[rows], key=times[rows].get)
     return found

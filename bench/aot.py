@@ -1,0 +1,232 @@
+"""Compile the attention kernels for sm_80 and sm_90 without a GPU:  python -m bench.aot
+
+Default: the search space of `kernels.attend.tuning`, in parallel. ``--shipped``: what configs.json
+ships and the safe choice of common sizes, which the tests compile. ``--pattern``: the safe kernels
+of a pattern in bfloat16. Exit status 1 if a kernel does not compile, or a shipped one has no room.
+"""
+
+import os
+
+os.environ.pop("TRITON_INTERPRET", None)  # read when triton is first imported
+
+import argparse
+import itertools
+import multiprocessing
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from unittest import mock
+
+import torch
+import triton
+
+from bench.compiling import SHARED_LIMIT, Compiled, compiled_for
+from kernels.attend import fused, tuning
+from kernels.attend.plan import Pass
+from kernels.attend.tuning import DIRECTIONS, DTYPES, HEAD_SIZES, Config, candidates
+from kernels.patterns import parse
+
+# One rule that holds every term.
+EVERY_TERM = (
+    "causal() & others() & (window(8) | window(2, block=4) | dilated(3, 2) | strided(5)"
+    " | fixed(8, 2) | global_tokens(2) | blocks('x./xx', block=8) | random_blocks(2, block=4)"
+    " | per_head(window(3), strided(7)))"
+)
+STRIDED = "causal() & (window(8) | strided(5))"  # tokens in residue classes, merged with a window
+FIXED = "causal() & fixed(8, 2)"  # summary cells, gathered
+CUT_ROWS = "window(8, 8) | global_tokens(2)"  # rows of 64 tiles, cut and merged again
+KERNELS = {"forward": "forward_kernel", "queries": "query_kernel", "keys": "key_kernel"}
+PATHS = ((80, False), (90, True), (90, False))  # capability, and whether by the copy engine
+LENGTH = 1024  # tokens: the longest tile, in the classes of a stride as well
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One call of a direction, and how it is compiled.
+
+    Args:
+        copies: tiles come through the copy engine (sm_90 only), else through pointers.
+        one_pass: the whole pattern in the order of the text, whatever would be faster.
+        turned: q, k and v lie in memory as (B, H, D, L).
+        documents: the batch holds several documents.
+    """
+
+    capability: int
+    direction: str
+    dtype: torch.dtype
+    head_size: int
+    config: Config
+    pattern: str = EVERY_TERM
+    copies: bool = False
+    one_pass: bool = False
+    turned: bool = False
+    documents: bool = False
+    length: int = LENGTH
+
+    def __str__(self) -> str:
+        c = self.config
+        dtype = str(self.dtype).removeprefix("torch.")
+        path = "copies" if self.copies else "turned" if self.turned else "pointers"
+        tile = f"{c.queries}x{c.keys} {c.warps}w {c.stages}s"
+        return f"sm_{self.capability} {path:8} {dtype:8} D={self.head_size:<3} {tile:14}"
+
+
+def search_space() -> Iterator[Variant]:
+    """Every candidate of the tuner, on the paths that each card has."""
+    for direction, size, dtype in itertools.product(DIRECTIONS, HEAD_SIZES, DTYPES):
+        for config in candidates(direction, size, dtype):
+            yield from _on_each_path(direction, dtype, size, config)
+
+
+def shipped() -> Iterator[Variant]:
+    """What users without a tuned card meet first, and every kind of pass and argument once."""
+    dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
+    chosen = {
+        (direction, dtype, size, candidates(direction, size, dtype)[0])
+        for direction in DIRECTIONS
+        for dtype in (torch.bfloat16, torch.float32)
+        for size in (64, 128)
+    }
+    for card in tuning.shipped().values():
+        for (dtype, sizes), direction in itertools.product(card.items(), DIRECTIONS):
+            for size, configs in sizes.items():
+                chosen.add((direction, dtypes[dtype], int(size), Config(*configs[direction])))
+    for choice in sorted(chosen, key=str):
+        yield from _on_each_path(*choice, paths=((80, False), (90, True)))
+    for capability, direction in itertools.product(SHARED_LIMIT, DIRECTIONS):
+        safe = candidates(direction, 64, torch.bfloat16)[0]
+        bare = (capability, direction, torch.bfloat16, 64, safe)
+        copies = capability >= 90
+        yield Variant(*bare, STRIDED, copies)
+        yield Variant(*bare, FIXED, copies)
+        yield Variant(*bare, CUT_ROWS, copies, length=4096)
+        yield Variant(*bare, "causal()", copies, documents=True)
+        yield Variant(*bare, "causal()", turned=True)
+
+
+def of_pattern(pattern: str) -> Iterator[Variant]:
+    """The safe kernels of one pattern, in bfloat16."""
+    for capability, direction, size in itertools.product(SHARED_LIMIT, DIRECTIONS, (64, 128)):
+        safe = candidates(direction, size, torch.bfloat16)[0]
+        copies = capability >= 90
+        yield Variant(capability, direction, torch.bfloat16, size, safe, pattern, copies)
+
+
+def _on_each_path(direction, dtype, size, config, paths=PATHS) -> Iterator[Variant]:
+    for capability, copies in paths:
+        yield Variant(
+            capability, direction, dtype, size, config, copies=copies, one_pass=True
+        )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ compiling
+
+
+def compile_variant(variant: Variant) -> list[Compiled] | str:
+    """The kernels of a variant's direction, or the error that the compiler gave."""
+    torch.set_num_threads(1)
+    safe = {d: candidates(d, variant.head_size, variant.dtype)[0] for d in DIRECTIONS}
+    configs = safe | {variant.direction: variant.config}
+    passes = _one_pass if variant.one_pass else fused.chains
+    try:
+        with (
+            compiled_for(variant.capability, variant.copies) as kernels,
+            mock.patch.object(fused, "chains", passes),
+            tuning.forced(**configs),
+        ):
+            _call(variant)
+    except Exception as error:  # whatever the compiler raises is this variant's result
+        return f"{type(error).__name__}: {error}"
+    other = set(KERNELS.values()) - {KERNELS[variant.direction]}
+    return [kernel for kernel in kernels if kernel.kernel not in other]
+
+
+def _one_pass(pattern, heads: int):
+    return [(Pass(pattern.bound(), tuple(range(heads))),)]
+
+
+def _call(variant: Variant) -> None:
+    shape = (1, variant.length, 2, variant.head_size)
+    q, k, v, out, dout = (torch.zeros(shape, dtype=variant.dtype).transpose(1, 2) for _ in range(5))
+    if variant.turned:
+        q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
+    documents = torch.zeros(1, variant.length, dtype=torch.int32) if variant.documents else None
+    call = fused.Call(parse(variant.pattern), variant.head_size**-0.5, documents)
+    if variant.direction == "forward":
+        fused.forward(q, k, v, call, variant.dtype)
+    else:
+        lse = torch.zeros(q.shape[:3])
+        fused.backward(dout, None, q, k, v, out, lse, call)
+
+
+# ------------------------------------------------------------------------------ report
+
+
+def report(variant: Variant, result: list[Compiled] | str, must_fit: bool) -> Counter:
+    """Print one line a kernel; count the verdicts."""
+    if isinstance(result, str):
+        print(f"FAILED  {variant} {variant.direction}: {result}", flush=True)
+        return Counter(FAILED=1)
+    verdicts = Counter()
+    for k in result:
+        fits = k.shared <= SHARED_LIMIT[variant.capability]
+        verdict = "ok" if fits else "FAILED" if must_fit else "no room"
+        verdicts[verdict] += 1
+        verdicts["spilling"] += k.stores > 0
+        print(
+            f"{verdict:7} {variant} {k.kernel:19} {k.registers:3} registers {k.stack:5} B stack "
+            f"{k.stores:4} STL {k.loads:4} LDL {k.shared:7,} B shared {k.digest} "
+            f"{k.seconds:5.1f} s",
+            flush=True,
+        )
+    return verdicts
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shipped", action="store_true", help="only what ships, and safe choices")
+    parser.add_argument("--pattern", action="append", help="the safe kernels of a pattern")
+    parser.add_argument("--target", type=int, choices=SHARED_LIMIT, action="append")
+    parser.add_argument("--direction", choices=DIRECTIONS, action="append")
+    parser.add_argument("--head-size", type=int, choices=HEAD_SIZES, action="append")
+    parser.add_argument("--dtype", choices=[str(d).removeprefix("torch.") for d in DTYPES],
+                        action="append")  # fmt: skip
+    parser.add_argument("--processes", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+
+    def is_wanted(v: Variant) -> bool:
+        asked = (options.target, options.direction, options.head_size, options.dtype)
+        has = (v.capability, v.direction, v.head_size, str(v.dtype).removeprefix("torch."))
+        return all(not a or h in a for a, h in zip(asked, has, strict=True))
+
+    if options.pattern:
+        variants = itertools.chain(*map(of_pattern, options.pattern))
+    else:
+        variants = shipped() if options.shipped else search_space()
+    variants = list(filter(is_wanted, variants))
+    start = time.perf_counter()
+    print(f"triton {triton.__version__}, {len(variants)} variants", flush=True)
+    total = Counter()
+    for variant, result in zip(variants, _compile_all(variants, options.processes), strict=True):
+        total += report(variant, result, must_fit=options.shipped)
+    print(
+        f"{total['ok']} kernels compiled, {total['spilling']} spill, {total['no room']} have no "
+        f"room, {total['FAILED']} failed; {time.perf_counter() - start:.0f} s"
+    )
+    return int(total["FAILED"] > 0)
+
+
+def _compile_all(variants: list[Variant], processes: int) -> Iterator[list[Compiled] | str]:
+    if processes == 1:
+        yield from map(compile_variant, variants)
+        return
+    # Spawned, so that no worker inherits what torch and triton have set up.
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(compile_variant, variants)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""What it costs to plan a pattern: our work lists, and the block mask of FlexAttention."""
+
+import torch
+
+from bench.patterns import HEADS, TOKENS, Case
+from bench.peers import block_mask
+from bench.timing import inputs, wall_milliseconds
+from kernels import random_plan, terms
+from kernels.algebra import Pattern
+from kernels.attend import fused, plan
+from kernels.attend.tuning import DIRECTIONS
+
+
+def planning_times(case: Case, length: int, device: torch.device) -> dict:
+    """Milliseconds by the host's clock, and GiB at the peak, for one pattern and length.
+
+    Ours plans all directions and heads (a random plan for each); a block mask serves all heads.
+    """
+    q, k, v, _ = inputs(length, HEADS, case.head_size, TOKENS, device)
+    call = fused.Call(case.pattern, case.head_size**-0.5)
+
+    def ours() -> None:
+        launcher = fused._Launcher(q, k, v, call)
+        for chain in launcher.chains:
+            for part in chain:
+                for direction in DIRECTIONS:
+                    launcher._prepare(part, direction)
+
+    row = {"pattern": case.name, "length": length}
+    ours()  # so that nothing is imported or compiled inside the clock
+    _forget_plans()
+    row["ours_ms"], row["ours_gib"] = _cost(ours)
+    row["ours_cached_ms"], _ = _cost(ours)
+    if not case.is_dense:
+        row |= _of_block_mask(case, length, device)
+    return row
+
+
+def _of_block_mask(case: Case, length: int, device: torch.device) -> dict:
+    row: dict = {}
+    try:
+        block_mask(case, 256, device)
+        row["mask_eager_ms"], row["mask_eager_gib"] = _cost(
+            lambda: block_mask(case, length, device)
+        )
+    except torch.OutOfMemoryError:
+        row["mask_eager_ms"] = "out of memory"
+    torch.cuda.empty_cache()
+    torch._dynamo.reset()
+
+    def compiled():
+        return block_mask(case, length, device, compiled=True)
+
+    try:
+        row["mask_compiled_first_ms"], _ = _cost(compiled)
+        row["mask_compiled_ms"], row["mask_compiled_gib"] = _cost(compiled)
+    except Exception as error:  # of the peer's compiler
+        row["mask_compiled_ms"] = f"{type(error).__name__}"
+    return row
+
+
+def _cost(run) -> tuple[float, float]:
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    milliseconds = wall_milliseconds(run)
+    return milliseconds, (torch.cuda.max_memory_allocated() - before) / 2**30
+
+
+def _forget_plans() -> None:
+    """Empty what is kept of patterns and lists; compiled kernels stay."""
+    Pattern.bound.cache_clear()
+    for module in (plan, terms, random_plan):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()

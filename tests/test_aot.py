@@ -1,0 +1,77 @@
+"""The attention kernels compile for the cards that we do not have here: `python -m bench.aot`.
+
+In processes of their own, because the tests' Triton may be the interpreter.
+"""
+
+import re
+import subprocess
+import sys
+
+import pytest
+
+from tests.commands import ROOT, environment
+
+LINE = re.compile(
+    r"(?P<verdict>\S+) +sm_(?P<target>\d+) +(?P<path>\w+) +(?P<dtype>\w+) +D=(?P<size>\d+) .*?"
+    r"(?P<kernel>\w+_kernel) +(?P<registers>\d+) registers +(?P<stack>\d+) B stack .*?"
+    r"(?P<shared>[\d,]+) B shared (?P<digest>\w+)"
+)
+SHARED_LIMIT = {"80": 166_912, "90": 232_448}  # bytes of a program: A100; H100 and H200
+
+
+def compile_ahead(*arguments: str) -> tuple[list[dict[str, str]], str]:
+    result = subprocess.run(
+        [sys.executable, "-m", "bench.aot", "--processes", "1", *arguments], cwd=ROOT,
+        env=environment(), capture_output=True, text=True, timeout=550,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    rows = [match.groupdict() for match in map(LINE.match, result.stdout.splitlines()) if match]
+    return rows, result.stdout
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_what_ships_compiles(target):
+    rows, text = compile_ahead("--shipped", "--target", target)
+    assert {row["verdict"] for row in rows} == {"ok"}
+    assert f"{len(rows)} kernels compiled" in text, text
+    assert "0 have no room, 0 failed" in text
+    for row in rows:
+        assert row["target"] == target
+        assert int(row["registers"]) <= 255
+        assert int(row["shared"].replace(",", "")) <= SHARED_LIMIT[target]
+    kernels = {(row["kernel"], row["dtype"], row["size"]) for row in rows}
+    assert kernels >= {
+        (f"{kernel}_kernel", dtype, size)
+        for kernel in ("forward", "query", "key")
+        for dtype in ("bfloat16", "float32")
+        for size in ("64", "128")
+    }
+    assert {row["kernel"] for row in rows} >= {"merge_pieces_kernel", "sum_pieces_kernel"}
+    paths = {"80": {"pointers", "turned"}, "90": {"copies", "turned"}}
+    assert {row["path"] for row in rows} >= paths[target]
+    variants = int(re.search(r"(\d+) variants", text).group(1))
+    assert variants >= 27
+    assert len(rows) >= variants
+
+
+def test_only_the_structure_of_a_pattern_is_compiled():
+    patterns = ["causal() & window(8)", "causal() & window(9)"]
+    patterns += ["causal() & (window(8) | global_tokens(2))"]
+    options = [text for pattern in patterns for text in ("--pattern", pattern)]
+    options += ["--target", "90", "--direction", "forward", "--head-size", "64"]
+    rows, _ = compile_ahead(*options)
+    first, second, other = (row["digest"] for row in rows)
+    assert first == second, "another window compiled another kernel"
+    assert first != other, "another structure ran the same kernel"
+
+
+def test_rules_of_one_form_in_one_kernel_are_told_apart():
+    """Triton knows a function inside a kernel by its name and the types of its arguments."""
+    patterns = ["(causal() & window(8)) | (others() & window(2, block=4))"]
+    patterns += ["(causal() & window(8)) | (others() & global_tokens(2))"]
+    patterns += ["causal() & window(8) & global_tokens(2)"]  # one inside the other
+    options = [text for pattern in patterns for text in ("--pattern", pattern)]
+    options += ["--target", "80", "--direction", "forward", "--head-size", "64"]
+    rows, _ = compile_ahead(*options)
+    digests = [row["digest"] for row in rows if row["kernel"] == "forward_kernel"]
+    assert len(digests) == len({*digests}) == 3
