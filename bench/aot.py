@@ -24,6 +24,7 @@ import torch
 import triton
 
 from bench.compiling import SHARED_LIMIT, Compiled, compiled_for
+from bench.shipped import shipped_for
 from kernels.attend import fused, tuning
 from kernels.attend.plan import Pass
 from kernels.attend.tuning import DIRECTIONS, DTYPES, HEAD_SIZES, Config, candidates
@@ -35,7 +36,8 @@ EVERY_TERM = (
     " | fixed(8, 2) | global_tokens(2) | blocks('x./xx', block=8) | random_blocks(2, block=4)"
     " | per_head(window(3), strided(7)))"
 )
-STRIDED = "causal() & (window(8) | strided(5))"  # tokens in residue classes, merged with a window
+STRIDED = "causal() & (window(8) | strided(8))"  # tokens in residue classes, merged with a window
+UNEVEN = "causal() & (window(8) | strided(5))"  # the same, where the classes differ in length
 FIXED = "causal() & fixed(8, 2)"  # summary cells, gathered
 CUT_ROWS = "window(8, 8) | global_tokens(2)"  # rows of 64 tiles, cut and merged again
 KERNELS = {"forward": "forward_kernel", "queries": "query_kernel", "keys": "key_kernel"}
@@ -90,10 +92,9 @@ def shipped() -> Iterator[Variant]:
         for dtype in (torch.bfloat16, torch.float32)
         for size in (64, 128)
     }
-    for card in tuning.shipped().values():
-        for (dtype, sizes), direction in itertools.product(card.items(), DIRECTIONS):
-            for size, configs in sizes.items():
-                chosen.add((direction, dtypes[dtype], int(size), Config(*configs[direction])))
+    for card in tuning.shipped():
+        for direction, size, dtype, config in shipped_for(card):
+            chosen.add((direction, dtypes[dtype], size, config))
     for choice in sorted(chosen, key=str):
         yield from _on_each_path(*choice, paths=((80, False), (90, True)))
     for capability, direction in itertools.product(SHARED_LIMIT, DIRECTIONS):
@@ -101,6 +102,7 @@ def shipped() -> Iterator[Variant]:
         bare = (capability, direction, torch.bfloat16, 64, safe)
         copies = capability >= 90
         yield Variant(*bare, STRIDED, copies)
+        yield Variant(*bare, UNEVEN, copies=False)
         yield Variant(*bare, FIXED, copies)
         yield Variant(*bare, CUT_ROWS, copies, length=4096)
         yield Variant(*bare, "causal()", copies, documents=True)

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
+from dataclasses import asdict, astuple
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from bench.peers import (
 )
 from bench.planning import planning_times
 from bench.timing import inputs, matmul_ceiling, measure, results
-from kernels.attend.tuning import DIRECTIONS, config_for
+from kernels.attend.tuning import DIRECTIONS, ROWS, config_for
 
 LENGTHS = (4096, 16_384, 65_536)
 BREAK_EVEN_LENGTHS = tuple(2**n for n in range(10, 17))
@@ -93,11 +93,11 @@ def _configs(cases: list[Case], device: torch.device) -> dict[str, dict]:
     """What ours runs with; tunes a card that is not known yet, before anything is timed."""
     sizes = sorted({case.head_size for case in cases})
     return {
-        f"D={size}": {
-            d: list(asdict(config_for(d, size, torch.bfloat16, device)).values())
-            for d in DIRECTIONS
+        f"D={size}, {rows} rows": {
+            d: list(astuple(config_for(d, size, torch.bfloat16, device, rows))) for d in DIRECTIONS
         }
         for size in sizes
+        for rows in ROWS
     }
 
 

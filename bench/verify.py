@@ -22,6 +22,7 @@ from unittest import mock
 import torch
 
 from bench import large
+from bench.shipped import shipped_for
 from kernels.attend import fused, trial, tuning
 from kernels.attend.tuning import DIRECTIONS, DTYPES, HEAD_SIZES, Config, candidates
 
@@ -99,7 +100,7 @@ def _changing(check: Check, dtype: torch.dtype, device: torch.device) -> list[st
 
 
 def checks(options, card: str, paths: tuple[bool, ...]) -> list[Check]:
-    chosen = _shipped(card) if options.shipped else _search_space()
+    chosen = shipped_for(card) if options.shipped else _search_space()
     found = []
     for direction, size, dtype, config in chosen:
         asked = (options.direction, options.head_size, options.dtype)
@@ -112,13 +113,6 @@ def _search_space() -> Iterator[tuple]:
     for direction, size, dtype in itertools.product(DIRECTIONS, HEAD_SIZES, NAMES):
         for config in candidates(direction, size, NAMES[dtype]):
             yield direction, size, dtype, config
-
-
-def _shipped(card: str) -> Iterator[tuple]:
-    for dtype, sizes in tuning.shipped().get(card, {}).items():
-        for size, configs in sizes.items():
-            for direction, config in configs.items():
-                yield direction, int(size), dtype, Config(*config)
 
 
 def run_all(wanted: list[Check], processes: int) -> Iterator[tuple[Check, str, str]]:
@@ -160,7 +154,7 @@ def main() -> int:
     wanted = checks(options, card, paths)
     if options.shipped and not wanted:
         print(f"no configuration ships for {card}")
-    ships = set(_shipped(card))
+    ships = set(shipped_for(card))
     start = time.perf_counter()
     table: dict[tuple, Counter] = {}
     bad = 0

@@ -3,9 +3,9 @@
 Only the *structure* of an expression is compiled: ``causal() & window(512)`` and
 ``causal() & window(64)`` share one kernel, because a window's size is read from the table, by head.
 
-A rule is called as ``rule(i, j, at)``: positions ``i (M, 1)`` and ``j (1, N)`` int32, and ``at``, the
-address of its numbers. Each term reads its own numbers from ``at`` on; what is long (a random plan)
-stands behind all of them and is found by its distance.
+A rule is two functions. ``read(at)`` loads its numbers from the address ``at``, once a program;
+``seen(i, j, numbers)`` takes positions ``i (M, 1)`` and ``j (1, N)`` int32, or transposed. What is long
+(a random plan) stands behind all short numbers; its address is one of them.
 """
 
 import functools
@@ -28,9 +28,10 @@ _constant = (lambda value: value) if INTERPRETED else tl.constexpr
 
 @dataclass(frozen=True)
 class Rule:
-    """A compiled structure: ``function(i, j, at)`` and how many numbers it reads."""
+    """A compiled structure: ``read(at)``, ``seen(i, j, numbers)``, and how many numbers it reads."""
 
-    function: Callable
+    read: Callable
+    seen: Callable
     numbers: int
 
 
@@ -124,8 +125,8 @@ def _collect(pattern, length, heads, head, short: list, long: list) -> None:
 
 
 # ------------------------------------------------------------------------------ composition
-# Triton looks a captured name up at module level first: none of left_rule, right_rule, right_at,
-# inner_rule and draws may stand there.
+# Triton looks a captured name up at module level first: none of left_read, left_seen, right_read,
+# right_seen, right_at, inner_read, inner_seen and draws may stand there.
 
 
 @functools.cache
@@ -144,10 +145,10 @@ def _rule(structure: tuple) -> Rule:
 
 
 def _named(structure: tuple) -> Callable:
-    """Decorate a rule that is made here with a name of its own.
+    """Decorate a function that is made here with a name of its own.
 
-    Inside a kernel Triton tells functions apart by their names and the types of their arguments: two
-    rules of one name would silently be the same.
+    Inside a kernel Triton tells functions apart by their names and the types of their arguments:
+    two rules of one name would silently be the same.
     """
     digest = hashlib.sha256(repr(structure).encode()).hexdigest()[:16]
 
@@ -159,138 +160,169 @@ def _named(structure: tuple) -> Callable:
 
 
 def _join(structure: tuple, left: Rule, right: Rule) -> Rule:
-    left_rule, right_rule, right_at = left.function, right.function, _constant(left.numbers)
+    left_read, left_seen, right_read, right_seen = left.read, left.seen, right.read, right.seen
+    right_at = _constant(left.numbers)
 
     @_named(structure)
-    def both(i, j, at):
-        return left_rule(i, j, at) & right_rule(i, j, at + right_at)
+    def read(at):
+        return left_read(at), right_read(at + right_at)
 
     @_named(structure)
-    def either(i, j, at):
-        return left_rule(i, j, at) | right_rule(i, j, at + right_at)
+    def both(i, j, numbers):
+        return left_seen(i, j, numbers[0]) & right_seen(i, j, numbers[1])
 
-    return Rule(both if structure[0] == "and" else either, left.numbers + right.numbers)
+    @_named(structure)
+    def either(i, j, numbers):
+        return left_seen(i, j, numbers[0]) | right_seen(i, j, numbers[1])
+
+    seen = both if structure[0] == "and" else either
+    return Rule(read, seen, left.numbers + right.numbers)
 
 
 def _outside(structure: tuple, inner: Rule) -> Rule:
-    inner_rule = inner.function
+    inner_seen = inner.seen
 
     @_named(structure)
-    def outside(i, j, at):
-        return inner_rule(i, j, at) == 0
+    def outside(i, j, numbers):
+        return inner_seen(i, j, numbers) == 0
 
-    return Rule(outside, inner.numbers)
+    return Rule(inner.read, outside, inner.numbers)
 
 
 def _chosen(structure: tuple, inner: Rule) -> Rule:
     """One of several patterns, for the heads whose first number is not 0."""
-    inner_rule = inner.function
+    inner_read, inner_seen = inner.read, inner.seen
 
     @_named(structure)
-    def chosen(i, j, at):
-        return inner_rule(i, j, at + 1) & (tl.load(at) != 0)
+    def read(at):
+        return tl.load(at) != 0, inner_read(at + 1)
 
-    return Rule(chosen, inner.numbers + 1)
+    @_named(structure)
+    def chosen(i, j, numbers):
+        return inner_seen(i, j, numbers[1]) & numbers[0]
+
+    return Rule(read, chosen, inner.numbers + 1)
 
 
 def _random_blocks(structure: tuple, count: int) -> Rule:
     draws = _constant(count)
 
     @_named(structure)
-    def random_blocks(i, j, at):
-        block, rows = tl.load(at), tl.load(at + 1)
+    def random_blocks(i, j, numbers):
+        block, rows, plan = numbers
         i_block, j_block = i // block, j // block
-        plan = at + tl.load(at + 2) + i_block * draws
         seen = (i_block < 0) & (j_block < 0)
         for n in tl.static_range(draws):
-            seen = seen | (tl.load(plan + n, mask=i_block < rows, other=-1) == j_block)
+            drawn = tl.load(plan + i_block * draws + n, mask=i_block < rows, other=-1)
+            seen = seen | (drawn == j_block)
         return seen
 
-    return Rule(random_blocks, 3)
+    return Rule(_three_and_behind, random_blocks, 3)
 
 
 # ------------------------------------------------------------------------------ terms
 
 
 @_jit
-def _full(i, j, at):
+def _none(at):
+    return 0
+
+
+@_jit
+def _one(at):
+    return tl.load(at)
+
+
+@_jit
+def _three(at):
+    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+
+
+@_jit
+def _three_and_behind(at):
+    """Two numbers, and the address of what stands behind all numbers."""
+    return tl.load(at), tl.load(at + 1), at + tl.load(at + 2)
+
+
+@_jit
+def _full(i, j, numbers):
     return (i == i) & (j == j)
 
 
 @_jit
-def _nothing(i, j, at):
+def _nothing(i, j, numbers):
     return (i != i) & (j != j)
 
 
 @_jit
-def _causal(i, j, at):
+def _causal(i, j, numbers):
     return j <= i
 
 
 @_jit
-def _others(i, j, at):
+def _others(i, j, numbers):
     return i != j
 
 
 @_jit
-def _window(i, j, at):
+def _window(i, j, numbers):
+    left, right, _ = numbers
     distance = i - j
-    return (distance <= tl.load(at)) & (distance >= -tl.load(at + 1))
+    return (distance <= left) & (distance >= -right)
 
 
 @_jit
-def _block_window(i, j, at):
-    block = tl.load(at + 2)
+def _block_window(i, j, numbers):
+    left, right, block = numbers
     distance = i // block - j // block
-    return (distance <= tl.load(at)) & (distance >= -tl.load(at + 1))
+    return (distance <= left) & (distance >= -right)
 
 
 @_jit
-def _dilated(i, j, at):
-    step = tl.load(at + 2)
+def _dilated(i, j, numbers):
+    left, right, step = numbers
     distance = i - j
-    near = (distance <= tl.load(at) * step) & (distance >= -tl.load(at + 1) * step)
+    near = (distance <= left * step) & (distance >= -right * step)
     return near & (distance % step == 0)
 
 
 @_jit
-def _strided(i, j, at):
-    return (i - j) % tl.load(at) == 0
+def _strided(i, j, stride):
+    return (i - j) % stride == 0
 
 
 @_jit
-def _fixed(i, j, at):
-    block, cell = tl.load(at), j % tl.load(at)
-    summary = (cell >= tl.load(at + 1)) & (cell < tl.load(at + 2))
-    return (i // block == j // block) | summary
+def _fixed(i, j, numbers):
+    block, first, last = numbers
+    cell = j % block
+    return (i // block == j // block) | ((cell >= first) & (cell < last))
 
 
 @_jit
-def _global_tokens(i, j, at):
-    count = tl.load(at)
+def _global_tokens(i, j, count):
     return (i < count) | (j < count)
 
 
 @_jit
-def _blocks(i, j, at):
-    block, rows = tl.load(at), tl.load(at + 1)
+def _blocks(i, j, numbers):
+    block, rows, cells = numbers
     i_block, j_block = i // block, j // block
-    cell = at + tl.load(at + 2) + i_block * rows + j_block
-    return tl.load(cell, mask=(i_block < rows) & (j_block < rows), other=0) != 0
+    inside = (i_block < rows) & (j_block < rows)
+    return tl.load(cells + i_block * rows + j_block, mask=inside, other=0) != 0
 
 
 _LEAVES = {
-    "full": Rule(_full, 0),
-    "nothing": Rule(_nothing, 0),
-    "causal": Rule(_causal, 0),
-    "others": Rule(_others, 0),
-    "window": Rule(_window, 3),
-    "block_window": Rule(_block_window, 3),
-    "dilated": Rule(_dilated, 3),
-    "strided": Rule(_strided, 1),
-    "fixed": Rule(_fixed, 3),
-    "global_tokens": Rule(_global_tokens, 1),
-    "blocks": Rule(_blocks, 3),
+    "full": Rule(_none, _full, 0),
+    "nothing": Rule(_none, _nothing, 0),
+    "causal": Rule(_none, _causal, 0),
+    "others": Rule(_none, _others, 0),
+    "window": Rule(_three, _window, 3),
+    "block_window": Rule(_three, _block_window, 3),
+    "dilated": Rule(_three, _dilated, 3),
+    "strided": Rule(_one, _strided, 1),
+    "fixed": Rule(_three, _fixed, 3),
+    "global_tokens": Rule(_one, _global_tokens, 1),
+    "blocks": Rule(_three_and_behind, _blocks, 3),
 }
 _TERMS = {
     Full: "full",

@@ -31,7 +31,7 @@ def query_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -42,7 +42,7 @@ def query_kernel(
     """
     item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
     row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
-    table += head * table_stride
+    numbers = READ(table + head * table_stride)
     kv_head = head // group_size
 
     group = row // rows
@@ -101,7 +101,7 @@ def query_kernel(
             whole = whole & is_of_document(documents, j, keys, first_document)
         if whole == 0:
             j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
-            seen = RULE(i_position[:, None], j_position[None, :], table) & (j < keys)[None, :]
+            seen = SEEN(i_position[:, None], j_position[None, :], numbers) & (j < keys)[None, :]
             if documents is not None:
                 j_document = tl.load(documents + j, mask=j < keys, other=-2)
                 seen = seen & (i_document[:, None] == j_document[None, :])
@@ -129,7 +129,7 @@ def key_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
@@ -168,7 +168,7 @@ def key_kernel(
             first_entry, last_entry = entries_of_documents(
                 entries, first_entry, last_entry, documents, first_document, last_document, queries,
                 BLOCK_I, group, 1, q_step, 0, Q_ORDER)  # fmt: skip
-        numbers = table + head * table_stride
+        numbers = READ(table + tl.maximum(head, 0) * table_stride)
         q_base = batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
         dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
         row_base = (batch * heads + head) * queries
@@ -193,7 +193,7 @@ def key_kernel(
                 whole = whole & is_of_document(documents, i, queries, first_document)
             if whole == 0:
                 i_position = positions_of(q_position, q_position_stride, batch, head, i, queries)
-                seen = RULE(i_position[None, :], j_position[:, None], numbers)
+                seen = SEEN(i_position[None, :], j_position[:, None], numbers)
                 if documents is not None:
                     i_document = tl.load(documents + i, mask=i < queries, other=-2)
                     seen = seen & (i_document[None, :] == j_document[:, None])

@@ -28,7 +28,7 @@ def forward_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -40,7 +40,7 @@ def forward_kernel(
     """
     item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
     row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
-    table += head * table_stride
+    numbers = READ(table + head * table_stride)
     kv_head = head // group_size
 
     group = row // rows
@@ -76,7 +76,7 @@ def forward_kernel(
             whole = whole & is_of_document(documents, j, keys, first_document)
         if whole == 0:
             j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
-            seen = RULE(i_position[:, None], j_position[None, :], table) & (j < keys)[None, :]
+            seen = SEEN(i_position[:, None], j_position[None, :], numbers) & (j < keys)[None, :]
             if documents is not None:
                 j_document = tl.load(documents + j, mask=j < keys, other=-2)
                 seen = seen & (i_document[:, None] == j_document[None, :])

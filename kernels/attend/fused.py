@@ -211,7 +211,8 @@ class _Launcher:
             part.q_order.step, part.k_order.run, part.k_order.step, part.k_order.first,
         )  # fmt: skip
         meta = {
-            "RULE": rule.function,
+            "READ": rule.read,
+            "SEEN": rule.seen,
             "PER_HEAD": work.differs_by_head,
             "Q_ORDER": _kind(part.q_order),
             "K_ORDER": _kind(part.k_order),

@@ -12,6 +12,7 @@ import json
 import logging
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, replace
 from pathlib import Path
 
@@ -80,7 +81,9 @@ def config_for(
     table = tuned(torch.cuda.get_device_name(device))
     name = str(dtype).removeprefix("torch.")
     if name not in table or str(padded) not in table[name]:
-        found = tune(padded, dtype, device)
+        # In a thread of its own: this may be inside an operator, where autograd does not record.
+        with ThreadPoolExecutor(1) as thread:
+            found = thread.submit(tune, padded, dtype, device).result()
         _remember(torch.cuda.get_device_name(device), name, str(padded), found)
     return Config(*table[name][str(padded)][rows][direction])
 
@@ -156,6 +159,7 @@ def tune(
     """
     from kernels.attend import trial  # which calls attend, which asks for configurations
 
+    torch.cuda.set_device(device)
     card = torch.cuda.get_device_name(device)
     log.warning(f"tuning attention once for {card}, {dtype}, heads of {head_size}")
     found: dict[str, dict[str, Config]] = {rows: {} for rows in ROWS}
