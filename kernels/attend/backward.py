@@ -5,6 +5,7 @@ With ``P = exp(S - lse)`` of the *whole* attention, every pass of a pattern adds
 arXiv:2307.08691, with the gradient through lse added).
 """
 
+import triton
 import triton.language as tl
 
 from kernels.primitives import (
@@ -34,7 +35,7 @@ def query_kernel(
     READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries. The first pass of a chain also stores ``shift`` and ``lse2``,
 
@@ -109,15 +110,15 @@ def query_kernel(
         dq = tl.dot(dscore.to(k_tile.dtype), k_tile, dq, input_precision=PRECISION)
 
     dq = dq * scale
-    if slot >= 0:
-        r = tl.arange(0, BLOCK_I)
-        part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
-        store_rows(part_ptr + part * BLOCK_I * D, dq, r, BLOCK_I, D, d, D)
+    base = batch * dq_stride[0] + head.to(tl.int64) * dq_stride[1]
+    if CUT:
+        if slot >= 0:
+            part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
+            _write_piece(part_ptr, part, dq, d, BLOCK_I, D)
+        else:
+            _add(dq_ptr, prior_ptr, base, dq, i, queries, dq_stride[2], d, D)
     else:
-        base = batch * dq_stride[0] + head.to(tl.int64) * dq_stride[1]
-        if prior_ptr is not None:
-            dq += load_rows(prior_ptr + base, i, queries, dq_stride[2], d, 1, D)
-        store_rows(dq_ptr + base, dq, i, queries, dq_stride[2], d, D)
+        _add(dq_ptr, prior_ptr, base, dq, i, queries, dq_stride[2], d, D)
 
 
 @kernel
@@ -132,7 +133,7 @@ def key_kernel(
     READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
+    TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, summed over the query heads that share them.
 
@@ -206,19 +207,32 @@ def key_kernel(
             dk = tl.dot(dscore.to(q_tile.dtype), q_tile, dk, input_precision=PRECISION)
 
     dk = dk * scale
-    if slot >= 0:
-        r = tl.arange(0, BLOCK_J)
-        part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
-        store_rows(dk_part_ptr + part * BLOCK_J * D, dk, r, BLOCK_J, D, d, D)
-        store_rows(dv_part_ptr + part * BLOCK_J * DV, dv, r, BLOCK_J, DV, d_value, DV)
+    dk_base = batch * dk_stride[0] + kv_head.to(tl.int64) * dk_stride[1]
+    dv_base = batch * dv_stride[0] + kv_head.to(tl.int64) * dv_stride[1]
+    if CUT:
+        if slot >= 0:
+            part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
+            _write_piece(dk_part_ptr, part, dk, d, BLOCK_J, D)
+            _write_piece(dv_part_ptr, part, dv, d_value, BLOCK_J, DV)
+        else:
+            _add(dk_ptr, dk_prior_ptr, dk_base, dk, j, keys, dk_stride[2], d, D)
+            _add(dv_ptr, dv_prior_ptr, dv_base, dv, j, keys, dv_stride[2], d_value, DV)
     else:
-        dk_base = batch * dk_stride[0] + kv_head.to(tl.int64) * dk_stride[1]
-        dv_base = batch * dv_stride[0] + kv_head.to(tl.int64) * dv_stride[1]
-        if dk_prior_ptr is not None:
-            dk += load_rows(dk_prior_ptr + dk_base, j, keys, dk_stride[2], d, 1, D)
-            dv += load_rows(dv_prior_ptr + dv_base, j, keys, dv_stride[2], d_value, 1, DV)
-        store_rows(dk_ptr + dk_base, dk, j, keys, dk_stride[2], d, D)
-        store_rows(dv_ptr + dv_base, dv, j, keys, dv_stride[2], d_value, DV)
+        _add(dk_ptr, dk_prior_ptr, dk_base, dk, j, keys, dk_stride[2], d, D)
+        _add(dv_ptr, dv_prior_ptr, dv_base, dv, j, keys, dv_stride[2], d_value, DV)
+
+
+@triton.jit
+def _add(dx_ptr, prior_ptr, base, dx, token, limit, token_stride, d, D: tl.constexpr):
+    """Store rows of a gradient, added to the passes before if there were any."""
+    if prior_ptr is not None:
+        dx += load_rows(prior_ptr + base, token, limit, token_stride, d, 1, D)
+    store_rows(dx_ptr + base, dx, token, limit, token_stride, d, D)
+
+
+@triton.jit
+def _write_piece(part_ptr, part, dx, d, BLOCK: tl.constexpr, D: tl.constexpr):
+    store_rows(part_ptr + part * BLOCK * D, dx, tl.arange(0, BLOCK), BLOCK, D, d, D)
 
 
 @kernel
@@ -239,12 +253,10 @@ def sum_pieces_kernel(
     base = batch * dx_stride[0] + head.to(tl.int64) * dx_stride[1]
     slot += (tl.program_id(0) // (work * chunks)).to(tl.int64) * slots
     dx = tl.zeros((ROWS, BLOCK_D), tl.float32)
-    if prior_ptr is not None:
-        dx += load_rows(prior_ptr + base, token, tokens, dx_stride[2], d, 1, D)
     for first_piece in range(0, pieces, PIECES):
         n = first_piece + tl.arange(0, PIECES)
         line = (slot + n)[:, None] * BLOCK + r[None, :]
         address = part_ptr + line[:, :, None] * D + d[None, None, :]
         exists = (n < pieces)[:, None, None] & (line >= 0)[:, :, None] & (d < D)[None, None, :]
         dx += tl.sum(tl.load(address, mask=exists, other=0.0), axis=0)
-    store_rows(dx_ptr + base, dx, token, tokens, dx_stride[2], d, D)
+    _add(dx_ptr, prior_ptr, base, dx, token, tokens, dx_stride[2], d, D)

@@ -31,7 +31,7 @@ def forward_kernel(
     READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output of a tile of queries, or of a piece of its row: long rows are cut.
 
@@ -93,20 +93,32 @@ def forward_kernel(
     row_sum = tl.where(seen_any, row_sum, 1.0)
     out = acc / row_sum[:, None]
     lse = tl.where(seen_any, row_max * scale + tl.log2(row_sum) / LOG2_E, float("-inf"))
-    if slot >= 0:
-        r = tl.arange(0, BLOCK_I)
-        part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
-        store_rows(part_ptr + part * BLOCK_I * DV, out, r, BLOCK_I, DV, dv, DV)
-        tl.store(part_lse_ptr + part * BLOCK_I + r, lse)
+    if CUT:
+        if slot >= 0:
+            r = tl.arange(0, BLOCK_I)
+            part = (tl.program_id(0) // work).to(tl.int64) * slots + slot
+            store_rows(part_ptr + part * BLOCK_I * DV, out, r, BLOCK_I, DV, dv, DV)
+            tl.store(part_lse_ptr + part * BLOCK_I + r, lse)
+        else:
+            _write(out_ptr, lse_ptr, prior_ptr, out, lse, batch, head, heads, i, queries, dv,
+                   out_stride, DV)  # fmt: skip
     else:
-        out_base = batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
-        lse_ptr += (batch * heads + head) * queries
-        if prior_ptr is not None:
-            before = load_rows(prior_ptr + out_base, i, queries, out_stride[2], dv, 1, DV)
-            before_lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
-            out, lse = merge_pair(before, before_lse, out, lse)
-        store_rows(out_ptr + out_base, out, i, queries, out_stride[2], dv, DV)
-        tl.store(lse_ptr + i, lse, mask=i < queries)
+        _write(out_ptr, lse_ptr, prior_ptr, out, lse, batch, head, heads, i, queries, dv,
+               out_stride, DV)  # fmt: skip
+
+
+@triton.jit
+def _write(out_ptr, lse_ptr, prior_ptr, out, lse, batch, head, heads, i, queries, dv,
+           out_stride, DV: tl.constexpr):  # fmt: skip
+    """Store rows of the output, merged with the pass before if there was one."""
+    base = batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
+    lse_ptr += (batch * heads + head) * queries
+    if prior_ptr is not None:
+        before = load_rows(prior_ptr + base, i, queries, out_stride[2], dv, 1, DV)
+        before_lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
+        out, lse = merge_pair(before, before_lse, out, lse)
+    store_rows(out_ptr + base, out, i, queries, out_stride[2], dv, DV)
+    tl.store(lse_ptr + i, lse, mask=i < queries)
 
 
 @triton.jit
@@ -139,8 +151,6 @@ def merge_pieces_kernel(
     pieces = tl.load(pieces_of + 3 * (item // chunks) + 2)
     r, dv = item % chunks * ROWS + tl.arange(0, ROWS), tl.arange(0, BLOCK_DV)
     i = token_of(row % rows * BLOCK_I + r, row // rows, 1, q_step, 0, Q_ORDER)
-    out_base = batch * out_stride[0] + head.to(tl.int64) * out_stride[1]
-    lse_ptr += (batch * heads + head) * queries
     slot += (tl.program_id(0) // (work * chunks)).to(tl.int64) * slots
 
     largest = tl.full((ROWS,), float("-inf"), tl.float32)
@@ -163,9 +173,4 @@ def merge_pieces_kernel(
     total = tl.where(seen_any, total, 1.0)
     out = out / total[:, None]
     lse = tl.where(seen_any, (largest + tl.log2(total)) / LOG2_E, float("-inf"))
-    if prior_ptr is not None:
-        before = load_rows(prior_ptr + out_base, i, queries, out_stride[2], dv, 1, DV)
-        before_lse = tl.load(lse_ptr + i, mask=i < queries, other=float("-inf"))
-        out, lse = merge_pair(before, before_lse, out, lse)
-    store_rows(out_ptr + out_base, out, i, queries, out_stride[2], dv, DV)
-    tl.store(lse_ptr + i, lse, mask=i < queries)
+    _write(out_ptr, lse_ptr, prior_ptr, out, lse, batch, head, heads, i, queries, dv, out_stride, DV)

@@ -10,11 +10,20 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.attend.backward import key_kernel, query_kernel, sum_pieces_kernel
 from kernels.attend.forward import forward_kernel, merge_pieces_kernel
-from kernels.attend.plan import Pass, Work, chains, make_work, rule_and_table, whole, work_of
+from kernels.attend.plan import (
+    Pass,
+    Work,
+    chains,
+    make_work,
+    rule_and_table,
+    whole,
+    work_of,
+)
 from kernels.attend.tuning import LONG, Config, config_for
 from kernels.interpreter import INTERPRETED
 from kernels.patterns import Pattern
 from kernels.primitives import CLASSES, GATHERED, PLAIN
+from kernels.rules import Rule
 from kernels.spans import Order
 from kernels.tiles import TileList
 
@@ -92,14 +101,25 @@ def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What the launches of one pass and direction share."""
+    """What a launch needs and no number of the inputs changes; made once for a pass and its sizes."""
 
     config: Config
     work: Work
-    heads: int
-    head_of: Tensor | None
-    arguments: tuple
+    heads: int  # that are launched: query heads, or key heads for the gradient of keys
+    head_of: Tensor | None  # which ones, None for all
+    sharing: Tensor | None
+    rule: Rule
+    table: Tensor
+    counts: tuple[int, ...]
     meta: dict
+
+    def arguments(self, call: Call, q: Tensor, k: Tensor) -> tuple:
+        """What all three kernels take behind the strides of their tensors."""
+        return (
+            self.work.items, self.work.entries, self.table, self.head_of, call.documents,
+            call.q_position, call.k_position, _strides(call.q_position, q),
+            _strides(call.k_position, k), self.counts[0], call.scale, *self.counts[1:],
+        )  # fmt: skip
 
 
 class _Launcher:
@@ -108,134 +128,143 @@ class _Launcher:
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call):
         self.q, self.k, self.v, self.call = q, k, v, call
         self.batch, self.heads, self.kv_heads = len(q), q.shape[1], k.shape[1]
-        self.queries_number, self.keys_number = q.shape[2], k.shape[2]
-        split = chains if call.tiles is None else whole
-        # A sequence may be too short to have any summary column.
-        self.chains = [
-            tuple(part for part in chain if part.k_order.slots(self.keys_number))
-            for chain in split(call.pattern, self.heads)
-        ]
+        self.chains = _chains(call.pattern, self.heads, k.shape[2], call.tiles is not None)
 
     def forward(self, part: Pass, out: Tensor, prior: Tensor | None, lse: Tensor) -> None:
         """Attend, merged with ``prior`` and what ``lse`` holds if there is a prior."""
-        setup = self._prepare(part, "forward")
-        config, work, heads = setup.config, setup.work, setup.heads
+        setup = self._setup(part, "forward")
+        config, work, meta = setup.config, setup.work, setup.meta
         tma, k, v = _tile_sources(part.k_order, setup, config.keys, self.k, self.v)
-        size = (self.batch * heads * work.slots, config.queries)
-        pieces = out.new_empty((*size, self.v.shape[3]), dtype=torch.float32)
-        pieces_lse = out.new_empty(size, dtype=torch.float32)
-        forward_kernel[(len(work) * self.batch * heads,)](
-            self.q, k, v, out, lse, prior, pieces, pieces_lse,
-            self.q.stride(), self.k.stride(), self.v.stride(), out.stride(),
-            self.heads // self.kv_heads, *setup.arguments, **setup.meta, TMA=tma,
+        size = (self.batch * setup.heads * work.slots, config.queries)
+        pieces, pieces_lse = _pieces(work, q := self.q, (*size, self.v.shape[3]), size)
+        forward_kernel[(len(work) * self.batch * setup.heads,)](
+            q, k, v, out, lse, prior, pieces, pieces_lse,
+            q.stride(), self.k.stride(), self.v.stride(), out.stride(),
+            self.heads // self.kv_heads, *setup.arguments(self.call, q, self.k), **meta, TMA=tma,
         )  # fmt: skip
         if work.slots:
-            merge_pieces_kernel[(len(work.cut) * self.batch * heads * config.queries // ROWS,)](
+            merge_pieces_kernel[(work.cuts * self.batch * setup.heads * config.queries // ROWS,)](
                 out, lse, prior, pieces, pieces_lse, out.stride(), work.cut, setup.head_of,
-                self.heads, heads, len(work.cut), work.slots, work.rows, self.queries_number,
-                part.q_order.step, setup.meta["Q_ORDER"], config.queries, setup.meta["DV"],
-                setup.meta["BLOCK_DV"], ROWS, PIECES,
+                self.heads, setup.heads, work.cuts, work.slots, work.rows, q.shape[2],
+                part.q_order.step, meta["Q_ORDER"], config.queries, meta["DV"], meta["BLOCK_DV"],
+                ROWS, PIECES,
             )  # fmt: skip
 
     def queries(self, part, dout, dlse, out, lse, kept, dq: Tensor, prior: Tensor | None) -> None:
         """Gradient of the queries, added to ``prior``; the first pass of a chain fills ``kept``."""
-        setup = self._prepare(part, "queries")
-        config, work, heads = setup.config, setup.work, setup.heads
+        setup = self._setup(part, "queries")
+        config, work, q = setup.config, setup.work, self.q
         tma, k, v = _tile_sources(part.k_order, setup, config.keys, self.k, self.v)
-        size = (self.batch * heads * work.slots, config.queries, self.q.shape[3])
-        pieces = dq.new_empty(size, dtype=torch.float32)
-        query_kernel[(len(work) * self.batch * heads,)](
-            self.q, k, v, out, dout, lse, dlse, *kept, dq, prior, pieces,
-            self.q.stride(), self.k.stride(), self.v.stride(), out.stride(), dout.stride(),
-            dq.stride(), self.heads // self.kv_heads, *setup.arguments, **setup.meta, TMA=tma,
+        size = (self.batch * setup.heads * work.slots, config.queries, q.shape[3])
+        (pieces,) = _pieces(work, q, size)
+        query_kernel[(len(work) * self.batch * setup.heads,)](
+            q, k, v, out, dout, lse, dlse, *kept, dq, prior, pieces,
+            q.stride(), self.k.stride(), self.v.stride(), out.stride(), dout.stride(), dq.stride(),
+            self.heads // self.kv_heads, *setup.arguments(self.call, q, self.k), **setup.meta,
+            TMA=tma,
         )  # fmt: skip
         if work.slots:
             order = (1, part.q_order.step, 0, setup.meta["Q_ORDER"])
-            _sum_pieces(dq, prior, pieces, setup, self.batch, order)
+            _sum_pieces(dq, prior, pieces, setup, self.batch, order, setup.meta["BLOCK_D"])
 
     def keys(self, part, dout, kept, dk: Tensor, dv: Tensor, prior) -> None:
         """Gradients of keys and values, added to ``prior``, a pair."""
-        setup = self._prepare(part, "keys")
-        config, work, heads = setup.config, setup.work, setup.heads
-        sharing = _sharing(part.heads, self.heads // self.kv_heads, self.q.device)
-        tma, q, dout_source = _tile_sources(part.q_order, setup, config.queries, self.q, dout)
-        size = (self.batch * heads * work.slots, config.keys)
-        pieces = [x.new_empty((*size, x.shape[3]), dtype=torch.float32) for x in (dk, dv)]
+        setup = self._setup(part, "keys")
+        config, work, q = setup.config, setup.work, self.q
+        tma, q_source, dout_source = _tile_sources(part.q_order, setup, config.queries, q, dout)
+        size = (self.batch * setup.heads * work.slots, config.keys)
+        pieces = _pieces(work, q, (*size, dk.shape[3]), (*size, dv.shape[3]))
         priors = prior or (None, None)
-        key_kernel[(len(work) * self.batch * heads,)](
-            q, self.k, self.v, dout_source, *kept, dk, dv, *priors, *pieces,
-            self.q.stride(), self.k.stride(), self.v.stride(), dout.stride(), dk.stride(),
-            dv.stride(), sharing, *setup.arguments, **setup.meta, TMA=tma,
-            SHARED=1 if sharing is None else sharing.shape[1],
+        key_kernel[(len(work) * self.batch * setup.heads,)](
+            q_source, self.k, self.v, dout_source, *kept, dk, dv, *priors, *pieces,
+            q.stride(), self.k.stride(), self.v.stride(), dout.stride(), dk.stride(), dv.stride(),
+            setup.sharing, *setup.arguments(self.call, q, self.k), **setup.meta, TMA=tma,
+            SHARED=1 if setup.sharing is None else setup.sharing.shape[1],
         )  # fmt: skip
         if work.slots:
             order = part.k_order
             order = (order.run, order.step, order.first, setup.meta["K_ORDER"])
-            for dx, before, x in zip((dk, dv), priors, pieces, strict=True):
-                _sum_pieces(dx, before, x, setup, self.batch, order)
+            blocks = setup.meta["BLOCK_D"], setup.meta["BLOCK_DV"]
+            for dx, before, x, block in zip((dk, dv), priors, pieces, blocks, strict=True):
+                _sum_pieces(dx, before, x, setup, self.batch, order, block)
 
-    def _work(self, part: Pass, direction: str, inverse: bool) -> tuple[Config, Work]:
-        """The configuration, and the tile list that fits it."""
-        q, tiles, device = self.q, self.call.tiles, self.q.device
-        kind = direction, max(q.shape[3], self.v.shape[3]), q.dtype, device
-        if tiles is not None:
-            warps = 8 if tiles.tile[0] * tiles.tile[1] >= 128 * 128 else 4
-            listed = make_work(tiles.inverse() if inverse else tiles, device)
-            return Config(*tiles.tile, warps, 2), listed
-        sizes = self.queries_number, self.keys_number
-        slots = part.q_order.slots(sizes[0]), part.k_order.slots(sizes[1])
+    def _setup(self, part: Pass, direction: str) -> _Setup:
+        q, k, v, tiles = self.q, self.k, self.v, self.call.tiles
+        sizes = (self.heads, self.kv_heads, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+        if tiles is None:
+            return _make_setup(part, direction, *sizes, q.dtype, q.device)
+        return _make_setup.__wrapped__(part, direction, *sizes, q.dtype, q.device, tiles)
+
+
+@functools.lru_cache(maxsize=256)
+def _chains(pattern: Pattern, heads: int, keys: int, listed: bool) -> list[tuple[Pass, ...]]:
+    """The chains of passes; a sequence may be too short to have any summary column."""
+    split = whole if listed else chains
+    return [tuple(p for p in chain if p.k_order.slots(keys)) for chain in split(pattern, heads)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_setup(
+    part: Pass, direction: str, heads: int, kv_heads: int, queries: int, keys: int, D: int, DV: int,
+    dtype: torch.dtype, device: torch.device, tiles: TileList | None = None,
+) -> _Setup:  # fmt: skip
+    inverse, group_size = direction == "keys", heads // kv_heads
+    kind = direction, max(D, DV), dtype, device
+    if tiles is not None:
+        work = make_work(tiles.inverse() if inverse else tiles, device)
+        config = Config(*tiles.tile, 8 if tiles.tile[0] * tiles.tile[1] >= 128 * 128 else 4, 2)
+    else:
+        slots = part.q_order.slots(queries), part.k_order.slots(keys)
         config = config_for(*kind).fit(*slots)
-        work = work_of(part, self.heads, *sizes, config.tile, inverse, device)
+        work = work_of(part, heads, queries, keys, config.tile, inverse, device)
         if work.mean_tiles * config.tile[not inverse] >= LONG:
             config = config_for(*kind, "long").fit(*slots)
-            work = work_of(part, self.heads, *sizes, config.tile, inverse, device)
-        return config, work
-
-    def _prepare(self, part: Pass, direction: str) -> _Setup:
-        call, device = self.call, self.q.device
-        D, DV = self.q.shape[3], self.v.shape[3]
-        sizes = self.queries_number, self.keys_number
-        inverse = direction == "keys"
-        config, work = self._work(part, direction, inverse)
-        rule, table = rule_and_table(part, self.heads, max(sizes), device)
-        own = part.heads
-        if inverse:
-            own = tuple(sorted({head // (self.heads // self.kv_heads) for head in own}))
-        everyone = own == tuple(range(self.kv_heads if inverse else self.heads))
-        head_of = None if everyone else _numbers(own, device)
-        arguments = (
-            work.items, work.entries, table, head_of, call.documents,
-            call.q_position, call.k_position, _strides(call.q_position, self.q),
-            _strides(call.k_position, self.k), table.stride(0) if len(table) > 1 else 0,
-            call.scale, self.heads, len(own), len(work), work.slots, work.rows, *sizes,
-            part.q_order.step, part.k_order.run, part.k_order.step, part.k_order.first,
-        )  # fmt: skip
-        meta = {
-            "READ": rule.read,
-            "SEEN": rule.seen,
-            "PER_HEAD": work.differs_by_head,
-            "Q_ORDER": _kind(part.q_order),
-            "K_ORDER": _kind(part.k_order),
-            "BLOCK_I": config.queries,
-            "BLOCK_J": config.keys,
-            "D": D,
-            "DV": DV,
-            "BLOCK_D": max(16, triton.next_power_of_2(D)),
-            "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
-            "STAGES": config.stages,
-            "PRECISION": "ieee",
-            "num_warps": config.warps,
-        }
-        return _Setup(config, work, len(own), head_of, arguments, meta)
+            work = work_of(part, heads, queries, keys, config.tile, inverse, device)
+    rule, table = rule_and_table(part, heads, max(queries, keys), device)
+    launched, everyone = part.heads, tuple(range(heads))
+    if inverse:
+        launched = tuple(sorted({head // group_size for head in part.heads}))
+        everyone = everyone[:kv_heads]
+    counts = (
+        table.stride(0) if len(table) > 1 else 0, heads, len(launched), len(work), work.slots,
+        work.rows, queries, keys, part.q_order.step, part.k_order.run, part.k_order.step,
+        part.k_order.first,
+    )  # fmt: skip
+    meta = {
+        "READ": rule.read,
+        "SEEN": rule.seen,
+        "PER_HEAD": work.differs_by_head,
+        "Q_ORDER": _kind(part.q_order),
+        "K_ORDER": _kind(part.k_order),
+        "BLOCK_I": config.queries,
+        "BLOCK_J": config.keys,
+        "D": D,
+        "DV": DV,
+        "BLOCK_D": max(16, triton.next_power_of_2(D)),
+        "BLOCK_DV": max(16, triton.next_power_of_2(DV)),
+        "CUT": work.slots > 0,
+        "STAGES": config.stages,
+        "PRECISION": "ieee",
+        "num_warps": config.warps,
+    }
+    head_of = None if launched == everyone else _numbers(launched, device)
+    sharing = _sharing(part.heads, group_size, device)
+    return _Setup(config, work, len(launched), head_of, sharing, rule, table, counts, meta)
 
 
-def _sum_pieces(dx: Tensor, prior, pieces: Tensor, setup: _Setup, batch: int, order: tuple) -> None:
+def _pieces(work: Work, x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor | None]:
+    """Room for the results of the pieces of rows that are cut."""
+    if not work.slots:
+        return [None] * len(shapes)
+    return [x.new_empty(shape, dtype=torch.float32) for shape in shapes]
+
+
+def _sum_pieces(dx, prior, pieces, setup: _Setup, batch: int, order: tuple, block_d: int) -> None:
     work = setup.work
     _, block, size = pieces.shape
-    sum_pieces_kernel[(len(work.cut) * batch * setup.heads * block // ROWS,)](
-        dx, prior, pieces, dx.stride(), work.cut, setup.head_of, setup.heads, len(work.cut),
-        work.slots, work.rows, dx.shape[2], *order, block, size,
-        max(16, triton.next_power_of_2(size)), ROWS, PIECES,
+    sum_pieces_kernel[(work.cuts * batch * setup.heads * block // ROWS,)](
+        dx, prior, pieces, dx.stride(), work.cut, setup.head_of, setup.heads, work.cuts,
+        work.slots, work.rows, dx.shape[2], *order, block, size, block_d, ROWS, PIECES,
     )  # fmt: skip
 
 
@@ -252,11 +281,15 @@ def _tile_sources(order: Order, setup: _Setup, rows: int, x: Tensor, y: Tensor):
         Whether it is the copy engine (Hopper's TMA, which needs 16-byte strides, and whole blocks if
         the tokens are in an order of their own), and what stands for ``x`` and ``y``.
     """
-    whole = x.shape[2] % order.step == 0 and rows % order.run == 0 and order.run & (order.run - 1) == 0
-    if not (whole and _has_copy_engine(x.device) and _is_aligned(x) and _is_aligned(y)):
+    if not _has_copy_engine(x.device):
         return False, x, y
-    blocks = setup.meta["BLOCK_D"], setup.meta["BLOCK_DV"]
-    return True, *(_descriptor(t, order, rows, d) for t, d in zip((x, y), blocks, strict=True))
+    meta, sources = setup.meta, []
+    for t, columns in ((x, meta["BLOCK_D"]), (y, meta["BLOCK_DV"])):
+        box = _box(tuple(t.shape), t.stride(), t.element_size(), order, rows, columns)
+        if box is None or t.data_ptr() % 16:
+            return False, x, y
+        sources.append(TensorDescriptor(t, *box))
+    return True, *sources
 
 
 @functools.cache
@@ -264,26 +297,27 @@ def _has_copy_engine(device: torch.device) -> bool:
     return INTERPRETED or torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _is_aligned(x: Tensor) -> bool:
-    size = x.element_size()
-    steps = (s * size for n, s in zip(x.shape[:3], x.stride()[:3], strict=True) if n > 1)
-    return (
-        x.stride(3) == 1
-        and x.data_ptr() % 16 == 0
-        and x.shape[3] * size >= 16
-        and all(0 < step < 2**40 and step % 16 == 0 for step in steps)
-    )
+@functools.lru_cache(maxsize=1024)
+def _box(shape, stride, size: int, order: Order, rows: int, columns: int):
+    """Shape, strides and box of a descriptor of ``(B, H, tokens, D)``, None if there can be none.
 
-
-def _descriptor(x: Tensor, order: Order, rows: int, columns: int) -> TensorDescriptor:
-    if order == Order():
-        shape = [1, 1, rows, columns]
-    else:  # (B, H, blocks, tokens of a block, D)
-        x = x.unflatten(2, (-1, order.step))
-        shape = [1, 1, rows // order.run, order.run, columns]
+    Args:
+        size: bytes of a number.
+        rows, columns: tokens and numbers of a tile.
+    """
+    B, H, L, D = shape
+    whole = L % order.step == 0 and rows % order.run == 0 and order.run & (order.run - 1) == 0
+    steps = [s * size for n, s in zip(shape[:3], stride[:3], strict=True) if n > 1]
+    aligned = all(0 < s < 2**40 and s % 16 == 0 for s in steps) and D * size >= 16
+    if not (whole and aligned and stride[3] == 1):
+        return None
     # The stride of a dimension of one is never used, but must be valid.
-    strides = [s if n > 1 else 16 for n, s in zip(x.shape[:-1], x.stride()[:-1], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], shape)
+    b, h, t = (s if n > 1 else 16 for n, s in zip(shape[:3], stride[:3], strict=True))
+    if order == Order():
+        return [B, H, L, D], [b, h, t, 1], [1, 1, rows, columns]
+    blocks = [B, H, L // order.step, order.step, D]
+    tokens = rows // order.run
+    return blocks, [b, h, t * order.step, t, 1], [1, 1, tokens, order.run, columns]
 
 
 def _strides(position: Tensor | None, x: Tensor) -> tuple[int, int, int]:

@@ -166,6 +166,11 @@ class Work:
         return self.items.shape[1]
 
     @property
+    def cuts(self) -> int:
+        """Rows that are cut."""
+        return len(self.cut)
+
+    @property
     def differs_by_head(self) -> bool:
         return len(self.items) > 1
 
