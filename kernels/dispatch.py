@@ -13,7 +13,7 @@ Implementation = Literal["auto", "reference", "fused"]
 
 
 def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
-    """"reference" or "fused".
+    """ "reference" or "fused".
 
     Raises:
         ValueError: if there is no such implementation, or it cannot run on this device and dtype.
@@ -27,8 +27,8 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
         return "fused" if fused else "reference"
     if implementation == "fused" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(
-            f"implementation='fused' needs a GPU, got tensors on {device}; use 'auto' or 'reference' "
-            f"there, or set TRITON_INTERPRET=1 before Python starts to test the kernel on a CPU."
+            f"implementation='fused' needs a GPU, got tensors on {device}; use 'auto' or "
+            f"'reference' there, or set TRITON_INTERPRET=1 before Python starts to test the kernel."
         )
     if implementation == "fused" and dtype == torch.float64:
         raise ValueError(

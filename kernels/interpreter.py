@@ -1,24 +1,24 @@
-"""Makes Triton's CPU interpreter right in bfloat16; installed on import under ``TRITON_INTERPRET=1``.
+"""Makes Triton's CPU interpreter right in bfloat16; on import, under ``TRITON_INTERPRET=1``.
 
-The interpreter keeps a bfloat16 as its 16 bits in a numpy ``uint16``. Products, sums, comparisons and
-reductions then work on the bit patterns as if they were integers, and a cast truncates (seen in Triton
-3.6 to 3.9). Here every operation on bfloat16 widens its operands to float32, which is exact, and
-rounds the result once, to nearest even, as the hardware does.
+The interpreter keeps a bfloat16 as its 16 bits in a numpy ``uint16``. Products, sums, comparisons
+and reductions then work on the bit patterns as if they were integers, and a cast truncates (seen in
+Triton 3.6 to 3.9). Here every operation on bfloat16 widens its operands to float32, which is exact,
+and rounds the result once, to nearest even, as the hardware does.
 """
 
 import functools
 
-import numpy as np
 import triton
 import triton.language as tl
+from triton.runtime import interpreter
+
+np = interpreter.np  # the numpy that the interpreter computes in
 
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
 def install() -> None:
     """Patch the interpreter of this process; a second call changes nothing."""
-    from triton.runtime import interpreter
-
     builder = interpreter.InterpreterBuilder
     if hasattr(builder, "bfloat16_is_right"):
         return
@@ -67,18 +67,19 @@ def install() -> None:
 
     builder.create_dot, builder.cast_impl = dot, cast
     for name in ("fp_ext", "fp_trunc", "si_to_fp", "ui_to_fp", "fp_to_si", "fp_to_ui"):
-        setattr(builder, f"create_{name}", lambda self, source, dtype: self.cast_impl(source, dtype))
+        setattr(builder, f"create_{name}", lambda self, x, dtype: self.cast_impl(x, dtype))
     builder.get_bf16 = lambda self, value: narrow(handle(np.array([value]), tl.float32))
     for reduction in (interpreter.ReduceOps, interpreter.ScanOps):
-        _widen_reduction(reduction, is_bfloat16, widen, interpreter)
+        _widen_reduction(reduction, is_bfloat16, widen)
 
 
 _ARITHMETIC = {
     f"create_{name}"
     for name in (
-        "fadd fsub fmul fdiv frem fma fneg clampf minimumf maximumf minnumf maxnumf exp exp2 log log2 "
-        "sin cos sqrt precise_sqrt rsqrt floor ceil precise_divf erf"
-    ).split()
+        "fadd", "fsub", "fmul", "fdiv", "frem", "fma", "fneg", "clampf", "minimumf", "maximumf",
+        "minnumf", "maxnumf", "exp", "exp2", "log", "log2", "sin", "cos", "sqrt", "precise_sqrt",
+        "rsqrt", "floor", "ceil", "precise_divf", "erf",
+    )
 }  # fmt: skip
 
 
@@ -89,7 +90,7 @@ def _round_to_bfloat16(x: np.ndarray) -> np.ndarray:
     return np.where(np.isnan(x), 0x7FC0, rounded).astype(np.uint16)
 
 
-def _widen_reduction(reduction, is_bfloat16, widen, interpreter) -> None:
+def _widen_reduction(reduction, is_bfloat16, widen) -> None:
     """Reductions and scans read the numpy data directly: hand them float32, round the result."""
     plain = reduction.apply_impl
 

@@ -20,10 +20,10 @@ GATHERED = tl.constexpr(2)  # runs of `run` tokens, one every `step` tokens, fro
 
 # Integers whose value must not decide what is compiled: a new length or pattern compiles nothing.
 # (Strides stay: that a row is contiguous and aligned makes its loads wide.)
-_COUNTS = (
-    "group_size table_stride heads launch_heads work slots rows queries keys "
-    "q_step k_run k_step k_first tokens run step first"
-).split()
+_COUNTS = [
+    "group_size", "table_stride", "heads", "launch_heads", "work", "slots", "rows", "queries",
+    "keys", "q_step", "k_run", "k_step", "k_first", "tokens", "run", "step", "first",
+]  # fmt: skip
 
 
 def kernel(function):
@@ -136,8 +136,10 @@ def is_of_document(documents, token, limit, document):
 
 
 @triton.jit
-def entries_of_documents(entries, low, high, documents, first_document, last_document, limit,
-                         TILE: tl.constexpr, group, run, step, first, ORDER: tl.constexpr):  # fmt: skip
+def entries_of_documents(
+    entries, low, high, documents, first_document, last_document, limit, TILE: tl.constexpr,
+    group, run, step, first, ORDER: tl.constexpr,
+):  # fmt: skip
     """Narrow a row of the list to the tiles that hold any token of a range of documents."""
     low = _search(entries, low, high, documents, first_document, limit, TILE, False,
                   group, run, step, first, ORDER)  # fmt: skip

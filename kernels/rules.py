@@ -1,11 +1,11 @@
-"""The rule of a pattern inside a kernel: a Triton function of its structure, and a table of numbers.
+"""The rule of a pattern inside a kernel: Triton functions of its structure, and a table of numbers.
 
 Only the *structure* of an expression is compiled: ``causal() & window(512)`` and
-``causal() & window(64)`` share one kernel, because a window's size is read from the table, by head.
+``causal() & window(64)`` share one kernel, since a window's size is read from the table, by head.
 
 A rule is two functions. ``read(at)`` loads its numbers from the address ``at``, once a program;
-``seen(i, j, numbers)`` takes positions ``i (M, 1)`` and ``j (1, N)`` int32, or transposed. What is long
-(a random plan) stands behind all short numbers; its address is one of them.
+``seen(i, j, numbers)`` takes positions ``i (M, 1)`` and ``j (1, N)`` int32, or transposed. What is
+long (a random plan) stands behind all short numbers; its address is one of them.
 """
 
 import functools
@@ -26,9 +26,10 @@ from kernels.interpreter import INTERPRETED
 _jit = (lambda function: function) if INTERPRETED else triton.jit
 _constant = (lambda value: value) if INTERPRETED else tl.constexpr
 
+
 @dataclass(frozen=True)
 class Rule:
-    """A compiled structure: ``read(at)``, ``seen(i, j, numbers)``, and how many numbers it reads."""
+    """A compiled structure: ``read(at)``, ``seen(i, j, numbers)``, how many numbers it reads."""
 
     read: Callable
     seen: Callable

@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 
 from kernels.attend import attend, merge, plan
 from kernels.patterns import (
-    blocks, causal, dilated, fixed, full, global_tokens, others, per_head, random_blocks, strided,
+    blocks,
+    causal,
+    dilated,
+    fixed,
+    full,
+    global_tokens,
+    others,
+    per_head,
+    random_blocks,
+    strided,
     window,
 )  # fmt: skip
 from kernels.tiles import TileList
@@ -142,7 +151,9 @@ def test_a_query_without_a_visible_key_gives_zero_and_no_gradient():
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize("name", ["causal", "bigbird", "longformer-bidirectional", "strided", "fixed"])
+@pytest.mark.parametrize(
+    "name", ["causal", "bigbird", "longformer-bidirectional", "strided", "fixed"]
+)
 def test_documents_do_not_see_each_other(name):
     q, k, v = inputs(L=200, device=DEVICE)
     lengths = torch.tensor([[70, 1, 64, 65], [64, 30, 6, 100]], device=DEVICE)
@@ -227,7 +238,9 @@ def test_an_output_that_is_not_used_needs_no_gradient():
     q, k, v = (x.requires_grad_() for x in inputs(L=40, device=DEVICE))
     mask = dense_mask(causal(), 40, 4, DEVICE)
     for n in range(2):
-        actual = torch.autograd.grad(fused(q, k, v, causal())[n].sum(), (q, k, v), allow_unused=True)
+        actual = torch.autograd.grad(
+            fused(q, k, v, causal())[n].sum(), (q, k, v), allow_unused=True
+        )
         plain = dense_attention(q, k, v, mask)[n].sum()
         expected = torch.autograd.grad(plain, (q, k, v), allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
@@ -242,7 +255,9 @@ def test_out_dtype_is_what_was_asked_for():
 
 
 def test_the_operator_keeps_the_rules_of_torch():
-    q, k, v = (x.requires_grad_() for x in inputs(B=1, Hq=2, Hkv=1, L=40, D=16, Dv=16, device=DEVICE))
+    q, k, v = (
+        x.requires_grad_() for x in inputs(B=1, Hq=2, Hkv=1, L=40, D=16, Dv=16, device=DEVICE)
+    )
     pattern = repr(causal() & (window(5) | global_tokens(2)))
     rest = (pattern, 0.25, None, None, None, None, None, None, [], torch.float32)
     torch.library.opcheck(torch.ops.strider.attend.default, (q, k, v, *rest))

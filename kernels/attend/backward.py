@@ -26,13 +26,15 @@ from kernels.primitives import (
 
 @kernel
 def query_kernel(
-    q_ptr, k, v, out_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, lse2_ptr, dq_ptr, prior_ptr, part_ptr,
+    q_ptr, k, v, out_ptr, dout_ptr, lse_ptr, dlse_ptr, shift_ptr, lse2_ptr, dq_ptr, prior_ptr,
+    part_ptr,
     q_stride, k_stride, v_stride, out_stride, dout_stride, dq_stride,
     group_size, items, entries, table, head_of, documents, q_position, k_position,
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr,
+    K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
@@ -130,22 +132,25 @@ def key_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr,
+    K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
-    TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, SHARED: tl.constexpr,
+    TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    SHARED: tl.constexpr,
 ):  # fmt: skip
     """Gradients of a tile of keys and values, summed over the query heads that share them.
 
-    ``head_of`` lists the key heads (None: all), and ``sharing (key heads, SHARED)`` the query heads of
-    each, -1 where there are fewer (None: query head n has key head n).
+    ``head_of`` lists the key heads (None: all), and ``sharing (key heads, SHARED)`` the query heads
+    of each, -1 where there are fewer (None: query head n has key head n).
     """
     item, kv_head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
     # Rows and slots are the same for every head.
     row, low, high, slot = work_item(items, item, kv_head, work, False)
 
     group = row // rows
-    j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
+    j_slot = row % rows * BLOCK_J + tl.arange(0, BLOCK_J)
+    j = token_of(j_slot, group, k_run, k_step, k_first, K_ORDER)
     d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_ptr += batch * k_stride[0] + kv_head.to(tl.int64) * k_stride[1]
     v_ptr += batch * v_stride[0] + kv_head.to(tl.int64) * v_stride[1]
@@ -242,7 +247,7 @@ def sum_pieces_kernel(
     ORDER: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Add up the pieces of ROWS tokens of a row that was cut, PIECES at a time, in a fixed order."""
+    """Add up the pieces of ROWS tokens of a row that was cut, PIECES at a time, in one order."""
     chunks: tl.constexpr = BLOCK // ROWS
     item, head, batch = head_and_batch(tl.program_id(0), work * chunks, head_of, launch_heads)
     row = tl.load(pieces_of + 3 * (item // chunks))

@@ -1,4 +1,4 @@
-"""Forward pass in Triton: one program per (batch, head, tile of queries), over its live tiles of keys."""
+"""Forward pass in Triton: a program per (batch, head, tile of queries) visits its tiles of keys."""
 
 import triton
 import triton.language as tl
@@ -28,15 +28,17 @@ def forward_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr, K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
+    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr,
+    K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
     TMA: tl.constexpr, CUT: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Output of a tile of queries, or of a piece of its row: long rows are cut.
 
-    A whole row (slot < 0) is written to ``out`` and ``lse``, merged with the pass before it if there
-    was one (its output in ``prior``, its lse in ``lse``); a piece goes to its slot of ``part``.
+    A whole row (slot < 0) is written to ``out`` and ``lse``, merged with the pass before it if
+    there was one (its output in ``prior``, its lse in ``lse``); a piece goes to its slot of
+    ``part``.
     """
     item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
     row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
@@ -140,9 +142,10 @@ def merge_pieces_kernel(
     Q_ORDER: tl.constexpr, BLOCK_I: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr,
     ROWS: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
-    """Merge the pieces of ROWS queries of a row that was cut; ``pieces_of`` is ``(row, slot, pieces)``.
+    """Merge the pieces of ROWS queries of a row that was cut.
 
-    PIECES are read at a time: few programs run here, and each must keep many loads in flight.
+    ``pieces_of`` holds ``(row, first slot, pieces)``. PIECES are read at a time: few programs run
+    here, and each must keep many loads in flight.
     """
     chunks: tl.constexpr = BLOCK_I // ROWS
     item, head, batch = head_and_batch(tl.program_id(0), work * chunks, head_of, launch_heads)
@@ -173,4 +176,5 @@ def merge_pieces_kernel(
     total = tl.where(seen_any, total, 1.0)
     out = out / total[:, None]
     lse = tl.where(seen_any, (largest + tl.log2(total)) / LOG2_E, float("-inf"))
-    _write(out_ptr, lse_ptr, prior_ptr, out, lse, batch, head, heads, i, queries, dv, out_stride, DV)
+    _write(out_ptr, lse_ptr, prior_ptr, out, lse, batch, head, heads, i, queries, dv,
+           out_stride, DV)  # fmt: skip

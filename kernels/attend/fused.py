@@ -101,7 +101,7 @@ def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What a launch needs and no number of the inputs changes; made once for a pass and its sizes."""
+    """What a launch needs whatever the numbers of the inputs are; made once for a pass and sizes."""
 
     config: Config
     work: Work
@@ -278,8 +278,8 @@ def _tile_sources(order: Order, setup: _Setup, rows: int, x: Tensor, y: Tensor):
     """What the loop over tiles loads from: descriptors for the copy engine, or the tensors.
 
     Returns:
-        Whether it is the copy engine (Hopper's TMA, which needs 16-byte strides, and whole blocks if
-        the tokens are in an order of their own), and what stands for ``x`` and ``y``.
+        Whether it is the copy engine (Hopper's TMA, which needs 16-byte strides, and whole blocks
+        if the tokens are in an order of their own), and what stands for ``x`` and ``y``.
     """
     if not _has_copy_engine(x.device):
         return False, x, y
@@ -332,7 +332,7 @@ def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 @functools.lru_cache(maxsize=256)
 def _sharing(heads: tuple[int, ...], group_size: int, device: torch.device) -> Tensor | None:
-    """The query heads among ``heads`` of each key head, ``(key heads, most)``, filled up with -1."""
+    """The query heads among ``heads`` of each key head, ``(key heads, most)``, padded with -1."""
     if group_size == 1:
         return None
     groups: dict[int, list[int]] = {}

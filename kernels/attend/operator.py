@@ -1,13 +1,12 @@
 """The fused kernels as operators of torch: `torch.compile` and autograd see one node each way.
 
-An operator takes tensors, numbers and text, so the pattern travels as its canonical text, and a tile
-list as its tensors. A plan is found again by the text.
+An operator takes tensors, numbers and text, so the pattern travels as its canonical text, and a
+tile list as its tensors. A plan is found again by the text.
 """
 
 import functools
 
 import torch
-from torch import Tensor
 
 from kernels.attend import fused
 from kernels.patterns import Pattern, parse
@@ -21,7 +20,7 @@ _REST = (
 
 
 def attend(q, k, v, pattern: Pattern, scale, documents, q_position, k_position, tiles, out_dtype):
-    """``(out, lse)`` by the fused kernels, differentiable; ``kernels.attend.attend`` checks first."""
+    """``(out, lse)`` of checked arguments, differentiable: see ``kernels.attend.attend``."""
     listed = (None, None, None, [])
     if tiles is not None:
         listed = (tiles.offsets, tiles.keys, tiles.full, [*tiles.shape, *tiles.tile])

@@ -1,9 +1,9 @@
-"""From a pattern to what the kernels run: passes over disjoint keys, their tile lists and work items.
+"""From a pattern to what the kernels run: passes over disjoint keys, tile lists and work items.
 
-A stride or a dilation would touch nearly every tile of the sequence in its own order; among the tokens
-of one residue class it is dense. The summary columns of `fixed` are dense once they are gathered. So a
-pattern is split into alternatives, each is run in the order that suits it, and each excludes what the
-ones before it have shown: no key is counted twice.
+A stride or a dilation would touch nearly every tile of the sequence in its own order; among the
+tokens of one residue class it is dense. The summary columns of `fixed` are dense once they are
+gathered. So a pattern is split into alternatives, each is run in the order that suits it, and each
+excludes what the ones before it have shown: no key is counted twice.
 """
 
 import functools
@@ -24,6 +24,9 @@ PIECE_ROWS, PIECE_TILES = 2, 16
 ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
 
 
+SEQUENCE = Order()  # the tokens as they stand
+
+
 @dataclass(frozen=True, eq=False)
 class Pass:
     """A part of a pattern that one kernel runs: for some heads, with tokens in some order.
@@ -33,8 +36,8 @@ class Pass:
 
     pattern: Pattern
     heads: tuple[int, ...]
-    q_order: Order = Order()
-    k_order: Order = Order()
+    q_order: Order = SEQUENCE
+    k_order: Order = SEQUENCE
 
     @property
     def covers_keys(self) -> bool:
@@ -79,13 +82,13 @@ def _for_head(pattern: Pattern, head: int) -> Pattern:
 
 
 def _is_plain(parts: tuple[Pattern, ...]) -> bool:
-    return len(parts) == 1 and _orders(parts[0]) == (Order(), Order())
+    return len(parts) == 1 and _orders(parts[0]) == (SEQUENCE, SEQUENCE)
 
 
 def _split(pattern: Pattern) -> list[Pattern]:
     """Disjoint parts whose union is the pattern: what runs in the order of the text comes first."""
     alternatives = _alternatives(pattern)
-    own = [p for p in alternatives if _orders(p) == (Order(), Order())]
+    own = [p for p in alternatives if _orders(p) == (SEQUENCE, SEQUENCE)]
     moved = [p for p in alternatives if p not in own]
     if not moved:
         return [pattern]
@@ -133,8 +136,8 @@ def _orders(part: Pattern) -> tuple[Order, Order]:
                 return (Order(step=step, groups=step),) * 2
             case Fixed(length=length, cells=cells, sub_block=sub_block):
                 first = length - cells * (sub_block + 1)
-                return Order(), Order(run=cells, step=length, first=first)
-    return Order(), Order()
+                return SEQUENCE, Order(run=cells, step=length, first=first)
+    return SEQUENCE, SEQUENCE
 
 
 # ------------------------------------------------------------------------------ work items
@@ -146,7 +149,7 @@ class Work:
 
     Args:
         items: ``(heads or 1, work, 4)`` int32: row, first and last entry, and a slot for the result
-            of a piece of a row (-1 for a row that is whole). Rows and slots are those of every head.
+            of a piece of a row (-1 for a whole row). Rows and slots are the same in every head.
         cut: ``(cut rows, 3)`` int32: row, first slot, pieces.
         slots: pieces of all cut rows.
         entries: tile number times two, plus one if the whole tile is visible, int32.

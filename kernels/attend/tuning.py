@@ -1,9 +1,9 @@
 """Which tiles, warps and pipeline stages a kernel runs with, by card, head size, dtype, direction.
 
-`configs.json` holds what was tuned on the cards named there. On any other card the first call tunes:
-it times a few candidates, having checked the result and the gradients of each against the reference on
-that very card (compilers do miscompile), and keeps the choice in ``$STRIDER_CACHE`` (default
-``~/.cache/strider``). `python -m bench.verify` checks every candidate.
+`configs.json` holds what was tuned on the cards named there. On any other card the first call
+tunes: it times a few candidates, having checked the result and the gradients of each against the
+reference on that very card (compilers do miscompile), and keeps the choice in ``$STRIDER_CACHE``
+(default ``~/.cache/strider``). `python -m bench.verify` checks every candidate.
 """
 
 import contextlib
@@ -175,7 +175,7 @@ def tune(
                         )
         if not times["short"]:
             raise RuntimeError(
-                f"no configuration of the {direction!r} kernel computes the right numbers on {card} "
+                f"no configuration of the {direction!r} kernel computes right numbers on {card} "
                 f"with Triton {triton.__version__}; use implementation='reference', and report the "
                 f"output of `python -m bench.verify`."
             )
