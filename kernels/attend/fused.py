@@ -101,7 +101,7 @@ def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Setup:
-    """What a launch needs whatever the numbers of the inputs are; made once for a pass and sizes."""
+    """What a launch needs whatever the inputs hold; made once for a pass and its sizes."""
 
     config: Config
     work: Work
