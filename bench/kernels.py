@@ -73,7 +73,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, help=f"default {LENGTHS}")
     parser.add_argument("--quick", action="store_true", help="16,384 only, ours and dense only")
     parser.add_argument("--break-even", action="store_true", help="from 1,024 on, ours and dense")
+    parser.add_argument("--peers", nargs="+", help="only these sparse peers (default: all)")
     parser.add_argument("--slow-peers", action="store_true", help="torch's own search for BigBird")
+    parser.add_argument("--no-planning", action="store_true", help="do not time the set-up")
     parser.add_argument("--minutes", type=float, default=8.0, help="then what is left is skipped")
     parser.add_argument("--out", type=Path, default=Path("bench/results"))
     options = parser.parse_args()
@@ -83,7 +85,8 @@ def _options() -> argparse.Namespace:
     elif options.quick:
         default = (16_384,)
     options.lengths = sorted(options.lengths or default)
-    options.sparse_peers = options.planning = not (options.quick or options.break_even)
+    options.sparse_peers = not (options.quick or options.break_even)
+    options.planning = options.sparse_peers and not options.no_planning
     if options.break_even:
         options.patterns = [name for name in options.patterns if not CASES[name].is_dense]
     return options
@@ -157,6 +160,8 @@ def _rows(case: Case, options, work: dict, device, deadline: float) -> Iterator[
         if not options.sparse_peers:
             continue
         for name, peer in sparse_peers(case, options.slow_peers).items():
+            if options.peers and name not in options.peers:
+                continue
             if time.perf_counter() > deadline:
                 yield _identity(name, case, length) | {"error": "left out: the time was up"}
                 continue

@@ -14,7 +14,7 @@ import triton
 DENSE = ("sdpa_cudnn", "sdpa_flash", "flash4_dense")
 COLUMNS = (
     "implementation", "length", "fwd ms", "bwd ms", "fwd TF/s", "bwd TF/s", "fwd share",
-    "bwd share", "peak GiB", "difference",
+    "bwd share", "peak GiB", "host us", "difference",
 )  # fmt: skip
 
 
@@ -70,7 +70,8 @@ def _cells(row: dict) -> list[str]:
     return [
         *first, f"{row['forward']:.3f}", f"{row['backward']:.3f}", f"{row['forward_tflops']:.0f}",
         f"{row['backward_tflops']:.0f}", f"{row['forward_share']:.0%}",
-        f"{row['backward_share']:.0%}", f"{row['peak']:.2f}", difference or row.get("error", ""),
+        f"{row['backward_share']:.0%}", f"{row['peak']:.2f}",
+        f"{row['host']:.0f}", difference or row.get("error", ""),
     ]  # fmt: skip
 
 

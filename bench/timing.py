@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import triton
 from torch import Tensor
 
+_FLUSHED = 4 * 2**30  # bytes, about a millisecond of writing on an H200
 LONG = 100.0  # milliseconds: what takes longer is repeated three times only
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -16,12 +16,13 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a forward pass without gradients and of the backward pass alone, and the
-    peak memory of both together in GiB, above the inputs."""
+    """Milliseconds of a forward pass without gradients and of the backward pass alone, the peak
+    memory of both together in GiB above the inputs, and the host's time for a forward pass in us."""
 
     forward: float
     backward: float
     peak: float
+    host: float
 
 
 def inputs(length: int, heads: int, head_size: int, tokens: int, device) -> list[Tensor]:
@@ -40,13 +41,15 @@ def measure(attention: Attention, q: Tensor, k: Tensor, v: Tensor, dout: Tensor)
     results(attention, q, k, v, dout)  # compiles both directions
     with torch.no_grad():
         forward = milliseconds(lambda: attention(q, k, v))
+        host = host_microseconds(lambda: attention(q, k, v))
     backward = _backward(attention, q, k, v, dout)
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     results(attention, q, k, v, dout)
     torch.cuda.synchronize()
-    return Times(forward, backward, (torch.cuda.max_memory_allocated() - before) / 2**30)
+    peak = (torch.cuda.max_memory_allocated() - before) / 2**30
+    return Times(forward, backward, peak, host)
 
 
 def _backward(attention: Attention, q, k, v, dout) -> float:
@@ -64,22 +67,41 @@ def results(attention: Attention, q, k, v, dout) -> list[Tensor]:
 
 
 def milliseconds(run: Callable[[], object]) -> float:
-    """Median time of a call, with a cold L2 cache."""
+    """Median time of a call on the GPU, with a cold L2 cache.
+
+    Before each call a large buffer is written: that empties the cache, and keeps the GPU busy while
+    the host prepares what is timed. In training the host runs ahead in the same way;
+    `host_microseconds` says what it needs.
+    """
     run()
-    once = statistics.median(_once(run) for _ in range(3))
+    buffer = torch.empty(_FLUSHED, dtype=torch.int8, device="cuda")
+    once = statistics.median(_once(run, buffer) for _ in range(3))
     if once > LONG:
         return once
-    return triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median")
+    return statistics.median(_once(run, buffer) for _ in range(max(10, min(60, int(80 / once)))))
 
 
-def _once(run: Callable[[], object]) -> float:
+def _once(run: Callable[[], object], buffer: Tensor) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    buffer.zero_()
     start.record()
     run()
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end)
+
+
+def host_microseconds(run: Callable[[], object]) -> float:
+    """Time in which the host has started a call, whatever the GPU does then."""
+    run()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(20):
+        run()
+    elapsed = time.perf_counter() - start
+    torch.cuda.synchronize()
+    return elapsed / 20 * 1e6
 
 
 def wall_milliseconds(run: Callable[[], object]) -> float:

@@ -1,5 +1,6 @@
 """The Triton kernels of `attend` against dense float64 attention, forward and every gradient."""
 
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
@@ -244,6 +245,15 @@ def test_an_output_that_is_not_used_needs_no_gradient():
         plain = dense_attention(q, k, v, mask)[n].sum()
         expected = torch.autograd.grad(plain, (q, k, v), allow_unused=True, materialize_grads=True)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_fresh_thread_may_begin_with_attention():
+    # Autograd's own thread may meet the driver for the first time here; memory is cached by then.
+    q, k, v = inputs(L=64, device=DEVICE)
+    expected = fused(q, k, v, causal())
+    with ThreadPoolExecutor(1) as thread:
+        actual = thread.submit(fused, q, k, v, causal()).result()
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 def test_out_dtype_is_what_was_asked_for():

@@ -1,6 +1,7 @@
 """`attend` by the Triton kernels: what is launched for each pass, forward and backward."""
 
 import functools
+import threading
 from dataclasses import dataclass
 
 import torch
@@ -126,6 +127,7 @@ class _Launcher:
     """The kernels over one set of inputs; each method launches one pass."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, call: Call):
+        _bind_context(q.device)
         self.q, self.k, self.v, self.call = q, k, v, call
         self.batch, self.heads, self.kv_heads = len(q), q.shape[1], k.shape[1]
         self.chains = _chains(call.pattern, self.heads, k.shape[2], call.tiles is not None)
@@ -194,6 +196,20 @@ class _Launcher:
         if tiles is None:
             return _make_setup(part, direction, *sizes, q.dtype, q.device)
         return _make_setup.__wrapped__(part, direction, *sizes, q.dtype, q.device, tiles)
+
+
+_thread = threading.local()
+
+
+def _bind_context(device: torch.device) -> None:
+    """Make the card's context current in this thread, once.
+
+    Autograd runs the backward pass in a thread of its own. A descriptor may be the first thing that
+    it asks of the driver, which refuses it without a context; a kernel of torch brings one.
+    """
+    if device.type == "cuda" and getattr(_thread, "device", None) != device:
+        torch.zeros(1, device=device)
+        _thread.device = device
 
 
 @functools.lru_cache(maxsize=256)

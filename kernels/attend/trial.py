@@ -73,7 +73,8 @@ def _run(inputs, implementation: str) -> dict[str, torch.Tensor]:
     leaves = [x.detach().requires_grad_() for x in leaves]
     out, lse = attend(*leaves, PATTERN, implementation=implementation)
     grads = torch.autograd.grad((out, lse), leaves, (dout, torch.ones_like(lse)))
-    return dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
+    found = (out.detach(), lse.detach(), *grads)
+    return dict(zip(("out", "lse", "dq", "dk", "dv"), found, strict=True))
 
 
 def _distance(x: torch.Tensor, truth: torch.Tensor) -> float:
