@@ -16,8 +16,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds of a forward pass without gradients and of the backward pass alone, the peak
-    memory of both together in GiB above the inputs, and the host's time for a forward pass in us."""
+    """Milliseconds of a forward pass without gradients and of the backward pass alone, peak memory
+    of both together in GiB above the inputs, and the host's time for a forward pass in us."""
 
     forward: float
     backward: float

@@ -252,12 +252,20 @@ def test_an_unseen_huge_value_changes_no_gradient(device):
         assert torch.equal(a[:, :, :7], b[:, :, :7])
 
 
-def test_backward_inside_autocast_is_that_outside(device):
-    grads = []
-    for inside in (False, True):
-        torch.manual_seed(0)
-        leaves = [x.detach().requires_grad_() for x in inputs(L=40, device=device)]
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=inside):
-            attend(*leaves, BIGBIRD)[0].sum().backward()
-        grads.append([x.grad for x in leaves])
-    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+def test_under_autocast_inputs_are_cast_as_it_says(device):
+    q, k, v = inputs(L=40, device=device)
+    cast = [x.to(torch.bfloat16) for x in (q, k, v)]
+    expected = gradients(lambda *x: attend(*x, BIGBIRD), cast, *cotangents(q, v))
+    torch.manual_seed(1)
+
+    def under_autocast(q, k, v):
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            return attend(q, k.bfloat16(), v, BIGBIRD)  # of mixed dtypes
+
+    torch.manual_seed(0)
+    inputs(L=40, device=device)  # so that the same cotangents are drawn
+    actual = gradients(under_autocast, [q, k, v], *cotangents(q, v))
+    assert actual[0].dtype == torch.bfloat16
+    assert actual[2].dtype == torch.float32
+    for a, b in zip(actual, expected, strict=True):
+        assert torch.equal(a.to(b.dtype), b)

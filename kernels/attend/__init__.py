@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import operator, reference
+from kernels.attend import dense, operator, reference
 from kernels.dispatch import Implementation, choose
 from kernels.patterns import Pattern
 from kernels.tiles import TileList
@@ -46,7 +46,8 @@ def attend(
         out_dtype: dtype of ``out``, default that of ``q``. Partial results that will be merged
             should ask for float32.
         implementation: ``"reference"`` (plain PyTorch), ``"fused"`` (Triton), or ``"auto"``: fused
-            on a GPU, reference elsewhere.
+            on a GPU, or torch's kernel where the pattern hides nothing but the future; reference
+            elsewhere.
 
     Returns:
         ``out (B, Hq, Lq, Dv)`` and ``lse (B, Hq, Lq)``, the natural logarithm of the sum of the
@@ -71,6 +72,10 @@ def attend(
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}; change the sign of q instead.")
     out_dtype = out_dtype or q.dtype
+    if implementation == "auto" and documents is None and tiles is None:
+        same = dense.equal_pattern(pattern, q.shape[2])
+        if same is not None and dense.can_run(q, k, v, out_dtype):
+            return dense.attend(q, k, v, same, scale)
     if choose(implementation, q.device, q.dtype) == "fused":
         return operator.attend(
             q, k, v, pattern, scale, documents, q_position, k_position, tiles, out_dtype
@@ -113,7 +118,8 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):
         return list(tensors)
-    return [t.to(torch.get_autocast_dtype(device)) for t in tensors]
+    dtype = torch.get_autocast_dtype(device)
+    return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
