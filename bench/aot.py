@@ -41,7 +41,8 @@ UNEVEN = "causal() & (window(8) | strided(5))"  # the same, where the classes di
 FIXED = "causal() & fixed(8, 2)"  # summary cells, gathered
 CUT_ROWS = "window(8, 8) | global_tokens(2)"  # rows of 64 tiles, cut and merged again
 KERNELS = {"forward": "forward_kernel", "queries": "query_kernel", "keys": "key_kernel"}
-PATHS = ((80, False), (90, True), (90, False))  # capability, and whether by the copy engine
+BEST_PATHS = ((80, False), (90, True))  # capability, and whether by the copy engine
+PATHS = (*BEST_PATHS, (90, False))
 LENGTH = 1024  # tokens: the longest tile, in the classes of a stride as well
 
 
@@ -84,19 +85,21 @@ def search_space() -> Iterator[Variant]:
 
 
 def shipped() -> Iterator[Variant]:
-    """What users without a tuned card meet first, and every kind of pass and argument once."""
+    """Safe choices, what configs.json holds, on its card, and every kind of pass and argument."""
     dtypes = {str(dtype).removeprefix("torch."): dtype for dtype in DTYPES}
     chosen = {
-        (direction, dtype, size, candidates(direction, size, dtype)[0])
+        (direction, dtype, size, candidates(direction, size, dtype)[0], path)
         for direction in DIRECTIONS
         for dtype in (torch.bfloat16, torch.float32)
         for size in (64, 128)
+        for path in BEST_PATHS
     }
     for card in tuning.shipped():
+        path = BEST_PATHS[0] if "A100" in card else BEST_PATHS[1]
         for direction, size, dtype, config in shipped_for(card):
-            chosen.add((direction, dtypes[dtype], size, config))
-    for choice in sorted(chosen, key=str):
-        yield from _on_each_path(*choice, paths=((80, False), (90, True)))
+            chosen.add((direction, dtypes[dtype], size, config, path))
+    for *choice, path in sorted(chosen, key=str):
+        yield from _on_each_path(*choice, paths=(path,))
     for capability, direction in itertools.product(SHARED_LIMIT, DIRECTIONS):
         safe = candidates(direction, 64, torch.bfloat16)[0]
         bare = (capability, direction, torch.bfloat16, 64, safe)
