@@ -72,25 +72,16 @@ def test_every_dtype_and_head_size_is_as_exact_as_torch(dtype, sizes):
     assert_exact(causal() & (window(40) | global_tokens(3)), q, k, v)
 
 
-@settings(max_examples=25)
+@settings(max_examples=8)
 @given(
     name=st.sampled_from(sorted(PATTERNS)),
     batch=st.integers(1, 2),
     heads=st.sampled_from([(1, 1), (4, 1), (6, 3)]),
     length=st.integers(1, 150),
     sizes=st.tuples(st.sampled_from([1, 8, 40]), st.sampled_from([1, 16, 33])),
-    layout=st.sampled_from(["B L H D", "B H L D", "B H D L", "qkv", "one key head for all"]),
 )
-def test_any_shape_and_any_strides(name, batch, heads, length, sizes, layout):
+def test_any_shape(name, batch, heads, length, sizes):
     q, k, v = inputs(batch, *heads, length, *sizes, device=DEVICE)
-    if layout == "B H L D":
-        q, k, v = (x.contiguous() for x in (q, k, v))
-    elif layout == "B H D L":
-        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
-    elif layout == "qkv" and heads[0] == heads[1] and sizes[0] == sizes[1]:
-        q, k, v = torch.stack((q, k, v), dim=3).unbind(3)
-    elif layout == "one key head for all":
-        k, v = (x[:, :1].expand_as(x) for x in (k, v))
     assert_exact(PATTERNS[name], q, k, v, scale=0.3)
 
 
@@ -107,7 +98,7 @@ def test_long_rows_and_columns_are_cut_into_pieces_and_merged(pattern, monkeypat
     monkeypatch.setattr(plan, "PIECE_TILES", 2)
     monkeypatch.setattr(plan, "PIECE_ROWS", 0)
     plan.work_of.cache_clear()
-    q, k, v = inputs(B=2, L=300, Hq=4, Hkv=2, D=16, Dv=16, device=DEVICE)
+    q, k, v = inputs(B=1, L=300, Hq=2, Hkv=1, D=16, Dv=16, device=DEVICE)
     assert_exact(pattern, q, k, v)
     cut = [work_slots(pattern, 300, inverse) for inverse in (False, True)]
     plan.work_of.cache_clear()
@@ -115,9 +106,23 @@ def test_long_rows_and_columns_are_cut_into_pieces_and_merged(pattern, monkeypat
 
 
 def work_slots(pattern, length, inverse) -> int:
-    parts = [part for chain in plan.chains(pattern, 4) for part in chain]
-    sizes = (4, length, length, (32, 32), inverse, torch.device("cpu"))
+    parts = [part for chain in plan.chains(pattern, 2) for part in chain]
+    sizes = (2, length, length, (32, 32), inverse, torch.device("cpu"))
     return sum(plan.work_of(part, *sizes).slots for part in parts)
+
+
+@pytest.mark.parametrize("layout", ["B H L D", "B H D L", "qkv", "one key head for all"])
+def test_any_strides(layout):
+    q, k, v = inputs(B=2, Hq=2, Hkv=2, L=70, D=16, Dv=16, device=DEVICE)
+    if layout == "B H L D":
+        q, k, v = (x.contiguous() for x in (q, k, v))
+    elif layout == "B H D L":
+        q, k, v = (x.mT.contiguous().mT for x in (q, k, v))
+    elif layout == "qkv":
+        q, k, v = torch.stack((q, k, v), dim=3).unbind(3)
+    else:
+        k, v = (x[:, :1].expand_as(x) for x in (k, v))
+    assert_exact(PATTERNS["longformer"], q, k, v)
 
 
 @pytest.mark.parametrize("name", PATTERNS)
@@ -227,7 +232,7 @@ def test_nan_in_dead_tiles_other_documents_and_padding_never_leaks():
 @pytest.mark.parametrize("name", ["bigbird", "longformer-bidirectional", "strided", "fixed"])
 def test_backward_is_equal_from_run_to_run(name):
     q, k, v = (x.requires_grad_() for x in inputs(L=130, device=DEVICE))
-    runs = 1000 if DEVICE.type == "cuda" else 3
+    runs = 1000 if DEVICE.type == "cuda" else 1
     out, _ = fused(q, k, v, PATTERNS[name])
     first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
     for _ in range(runs):
@@ -262,6 +267,28 @@ def test_out_dtype_is_what_was_asked_for():
     out, lse = fused(q, k, v, causal(), out_dtype=torch.float32)
     assert out.dtype == lse.dtype == torch.float32
     assert not torch.equal(out, out.bfloat16().float())
+
+
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="65,600 programs take the interpreter a minute")
+def test_more_than_65535_batches_and_heads():
+    q, k, v = inputs(B=4100, Hq=16, Hkv=16, L=3, D=16, Dv=16, device=DEVICE)
+    assert_exact(causal() & (window(2) | global_tokens(1)), q, k, v)
+
+
+@pytest.mark.skipif(
+    DEVICE.type == "cpu", reason="needs 18 GiB of memory, and a GPU to be done soon"
+)
+def test_tensors_of_more_than_2_to_the_31_elements():
+    # The last heads of one buffer that q, k and v are views of: offsets do not fit in 32 bits.
+    L, H, D = 65_536, 180, 64
+    qkv = torch.randn(1, L, H, 3, D, device=DEVICE, dtype=torch.bfloat16)
+    q, k, v = (x.transpose(1, 2) for x in qkv.unbind(3))
+    assert qkv.numel() > 2**31
+    pattern = causal() & (window(64) | global_tokens(16))
+    out, lse = fused(q, k, v, pattern)
+    alone, alone_lse = fused(*(x[:, -2:].contiguous() for x in (q, k, v)), pattern)
+    assert torch.equal(out[:, -2:], alone)
+    assert torch.equal(lse[:, -2:], alone_lse)
 
 
 def test_the_operator_keeps_the_rules_of_torch():

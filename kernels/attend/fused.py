@@ -20,7 +20,7 @@ from kernels.attend.plan import (
     whole,
     work_of,
 )
-from kernels.attend.tuning import LONG, Config, config_for
+from kernels.attend.tuning import LONG, Config, config_for, forced_now
 from kernels.interpreter import INTERPRETED
 from kernels.patterns import Pattern
 from kernels.primitives import CLASSES, GATHERED, PLAIN
@@ -59,7 +59,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, call: Call, out_dtype: torch.dtype)
 def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tensor, call: Call):
     """``(dq, dk, dv)`` from the gradients of ``out`` and ``lse`` (None if that was not used)."""
     launcher = _Launcher(q, k, v, call)
-    dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+    dq, dk, dv = map(empty_gradient, (q, k, v))
     # What every pass needs of each query: the sum of dout * out, less dlse, and the lse in base 2.
     kept = torch.empty_like(lse), torch.empty_like(lse)
     for chain in launcher.chains:
@@ -98,6 +98,14 @@ def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:
     """``(B, H, L, Dv)`` in ``(B, L, H, Dv)`` memory, so that joining the heads copies nothing."""
     B, H, L, _ = q.shape
     return q.new_empty((B, L, H, v.shape[3]), dtype=dtype).transpose(1, 2)
+
+
+def empty_gradient(x: Tensor) -> Tensor:
+    """Room for the gradient of ``x (B, H, L, D)``, in its layout if D is contiguous there."""
+    dx = torch.empty_like(x)
+    if dx.stride(3) == 1:
+        return dx
+    return x.new_empty(x.transpose(1, 2).shape).transpose(1, 2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -194,8 +202,8 @@ class _Launcher:
         q, k, v, tiles = self.q, self.k, self.v, self.call.tiles
         sizes = (self.heads, self.kv_heads, q.shape[2], k.shape[2], q.shape[3], v.shape[3])
         if tiles is None:
-            return _make_setup(part, direction, *sizes, q.dtype, q.device)
-        return _make_setup.__wrapped__(part, direction, *sizes, q.dtype, q.device, tiles)
+            return _make_setup(part, direction, *sizes, q.dtype, q.device, forced_now())
+        return _make_setup.__wrapped__(part, direction, *sizes, q.dtype, q.device, (), tiles)
 
 
 _thread = threading.local()
@@ -222,8 +230,9 @@ def _chains(pattern: Pattern, heads: int, keys: int, listed: bool) -> list[tuple
 @functools.lru_cache(maxsize=1024)
 def _make_setup(
     part: Pass, direction: str, heads: int, kv_heads: int, queries: int, keys: int, D: int, DV: int,
-    dtype: torch.dtype, device: torch.device, tiles: TileList | None = None,
+    dtype: torch.dtype, device: torch.device, _forced: tuple, tiles: TileList | None = None,
 ) -> _Setup:  # fmt: skip
+    # What is forced is asked for below by `config_for`; as an argument it keeps setups apart.
     inverse, group_size = direction == "keys", heads // kv_heads
     kind = direction, max(D, DV), dtype, device
     if tiles is not None:
@@ -297,7 +306,9 @@ def _tile_sources(order: Order, setup: _Setup, rows: int, x: Tensor, y: Tensor):
         Whether it is the copy engine (Hopper's TMA, which needs 16-byte strides, and whole blocks
         if the tokens are in an order of their own), and what stands for ``x`` and ``y``.
     """
-    if not _has_copy_engine(x.device):
+    # In float32 the products are no tensor-core instructions, and need all registers as it is:
+    # with descriptors the dQ kernel at D=128 spills 5,632 bytes a thread.
+    if not _has_copy_engine(x.device) or x.dtype == torch.float32:
         return False, x, y
     meta, sources = setup.meta, []
     for t, columns in ((x, meta["BLOCK_D"]), (y, meta["BLOCK_DV"])):

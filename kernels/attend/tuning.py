@@ -103,6 +103,11 @@ def forced(**configs: Config) -> Iterator[None]:
         _forced.update(before)
 
 
+def forced_now() -> tuple:
+    """What is forced, hashable: empty outside of ``forced``."""
+    return tuple(_forced.items())
+
+
 # ------------------------------------------------------------------------------ what is known
 
 
