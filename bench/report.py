@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "command": " ".join(sys.argv),
+        "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
     }
 
 

@@ -83,7 +83,7 @@ def test_queries_and_keys_may_differ_in_number(device):
 def test_a_query_without_a_visible_key_gives_zero_and_no_gradient(device):
     q, k, v = (x.requires_grad_() for x in inputs(L=30, device=device))
     position = torch.zeros(1, 1, 30, dtype=torch.int32, device=device)
-    tiles = TileList.from_layout(torch.ones(1, 1, 1, dtype=torch.bool), (30, 30))
+    tiles = TileList.from_layout(torch.ones(1, 1, 1, dtype=torch.bool, device=device), (32, 32))
     # Every query stands at 0, every key later: causal shows nothing.
     out, lse = attend(q, k, v, causal(), q_position=position, k_position=position + 5, tiles=tiles)
     assert out.eq(0).all()
@@ -221,7 +221,7 @@ def test_bad_arguments_get_one_sentence(change, message):
 def test_one_query_far_along_sees_what_its_row_of_the_whole_sees(device):
     q, k, v = inputs(L=200, device=device)
     expected, _ = attend(q, k, v, BIGBIRD)
-    tiles = TileList.from_layout(torch.ones(1, 1, 1, dtype=torch.bool), (1, 200))
+    tiles = TileList.from_layout(torch.ones(1, 1, 2, dtype=torch.bool, device=device), (16, 128))
     position = torch.full((1, 1, 1), 150, dtype=torch.int32, device=device)
     out, _ = attend(q[:, :, 150:151], k, v, BIGBIRD, q_position=position, tiles=tiles)
     torch.testing.assert_close(out, expected[:, :, 150:151])

@@ -7,6 +7,7 @@ from kernels.attend import attend, dense
 from kernels.dispatch import choose
 from kernels.interpreter import INTERPRETED
 from kernels.patterns import causal, full, global_tokens, strided, window
+from kernels.tiles import TileList
 from tests.oracle import assert_as_exact_as_torch, dense_attention, dense_mask
 from tests.test_attend import cotangents, inputs
 
@@ -69,3 +70,17 @@ def test_a_scale_that_is_not_positive_is_refused(scale):
     q, k, v = inputs(L=8)
     with pytest.raises(ValueError, match=f"must be positive, got {scale}"):
         attend(q, k, v, causal(), scale=scale)
+
+
+@pytest.mark.parametrize(
+    ("options", "given"),
+    [({"D": 300}, "D=300"), ({"Dv": 257}, "Dv=257"), ({"tile": (30, 30)}, "30, 30")],
+)
+def test_what_the_kernel_does_not_take_is_refused_by_it_alone(options, given, kernel_device):
+    sizes = {"L": 30, "D": 16, "Dv": 16} | {k: v for k, v in options.items() if k != "tile"}
+    q, k, v = inputs(device=kernel_device, **sizes)
+    one = torch.ones(1, 1, 1, dtype=torch.bool, device=kernel_device)
+    tiles = TileList.from_layout(one, options.get("tile", (32, 32)))
+    with pytest.raises(ValueError, match=given):
+        attend(q, k, v, causal(), tiles=tiles, implementation="fused")
+    attend(q, k, v, causal(), tiles=tiles, implementation="reference")

@@ -16,7 +16,8 @@ COMMANDS = [
     for line in block.splitlines()
     if line.strip()
 ]
-PYTHON = [command[1:] for command in COMMANDS if command[0] == "python"]
+PYTHON = [command[1:] for command in COMMANDS if command[0] == "python" and command[1] != "-m"]
+MODULES = [command[2] for command in COMMANDS if command[:2] == ["python", "-m"]]
 
 
 def test_there_are_commands():
@@ -29,6 +30,13 @@ def test_each_command_composes(command):
     script, *overrides = command
     with initialize(version_base="1.3", config_path="../conf"):
         compose(Path(script).stem, overrides=overrides)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_each_measurement_explains_itself(module):
+    result = run("-m", module, "--help")
+    assert result.returncode == 0, result.stderr
+    assert "usage:" in result.stdout
 
 
 def test_the_quick_start_trains_with_wandb_offline_and_is_evaluated(tmp_path):

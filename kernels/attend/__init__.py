@@ -11,6 +11,8 @@ from kernels.tiles import TileList
 __all__ = ["Implementation", "attend", "merge"]
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+LARGEST_HEAD = 256
+TILE_SIDES = (16, 32, 64, 128)  # of tile lists that callers bring
 
 
 def attend(
@@ -77,6 +79,7 @@ def attend(
         if same is not None and dense.can_run(q, k, v, out_dtype):
             return dense.attend(q, k, v, same, scale)
     if choose(implementation, q.device, q.dtype) == "fused":
+        _check_kernel_takes(q, v, tiles)
         return operator.attend(
             q, k, v, pattern, scale, documents, q_position, k_position, tiles, out_dtype
         )
@@ -142,6 +145,19 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.device == k.device == v.device:
         raise ValueError(
             f"q, k and v must be on one device, got {q.device}, {k.device}, {v.device}."
+        )
+
+
+def _check_kernel_takes(q: Tensor, v: Tensor, tiles: TileList | None) -> None:
+    if max(q.shape[3], v.shape[3]) > LARGEST_HEAD:
+        raise ValueError(
+            f"the fused kernel takes heads of up to {LARGEST_HEAD}, got D={q.shape[3]} and "
+            f"Dv={v.shape[3]}; use implementation='reference'."
+        )
+    if tiles is not None and not set(tiles.tile) <= set(TILE_SIDES):
+        raise ValueError(
+            f"the fused kernel takes tiles with sides of {TILE_SIDES} tokens, got {tiles.tile}; "
+            f"list such tiles, or use implementation='reference'."
         )
 
 

@@ -40,6 +40,7 @@ def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full
     tiles = None
     if offsets is not None:
         tiles = TileList(offsets, keys, full, tuple(sizes[:2]), tuple(sizes[2:]))
+    documents = documents if documents is None else documents.contiguous()
     return fused.Call(_pattern(pattern), scale, documents, q_position, k_position, tiles)
 
 
