@@ -1,4 +1,4 @@
-"""Configurations of the kernels: what ships is whole, what is forced runs, what is tuned is kept."""
+"""Settings of the kernels: what ships is whole, what is forced runs, what is tuned is kept."""
 
 import itertools
 
