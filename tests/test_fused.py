@@ -81,7 +81,7 @@ def test_every_dtype_and_head_size_is_as_exact_as_torch(dtype, sizes):
     assert_exact(causal() & (window(40) | global_tokens(3)), q, k, v)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(
     name=st.sampled_from(sorted(PATTERNS)),
     batch=st.integers(1, 2),
@@ -240,7 +240,7 @@ def test_nan_in_dead_tiles_other_documents_and_padding_never_leaks():
 
 @pytest.mark.parametrize("name", ["bigbird", "longformer-bidirectional", "strided", "fixed"])
 def test_backward_is_equal_from_run_to_run(name):
-    q, k, v = (x.requires_grad_() for x in inputs(L=130, device=DEVICE))
+    q, k, v = (x.requires_grad_() for x in inputs(B=1, L=130, Hq=2, Hkv=1, device=DEVICE))
     runs = 1000 if DEVICE.type == "cuda" else 1
     out, _ = fused(q, k, v, PATTERNS[name])
     first = torch.autograd.grad(out.sum(), (q, k, v), retain_graph=True)
