@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import library
 
 from kernels.attend import attend, merge, plan
 from kernels.patterns import (
@@ -306,7 +307,7 @@ def test_the_operator_keeps_the_rules_of_torch():
     )
     pattern = repr(causal() & (window(5) | global_tokens(2)))
     rest = (pattern, 0.25, None, None, None, None, None, None, [], torch.float32)
-    torch.library.opcheck(torch.ops.strider.attend.default, (q, k, v, *rest))
+    library.opcheck(torch.ops.strider.attend.default, (q, k, v, *rest))
 
 
 def test_a_compiled_model_has_one_graph_and_the_same_numbers():

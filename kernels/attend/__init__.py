@@ -116,7 +116,7 @@ def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
 def _autocast(*tensors: Tensor) -> list[Tensor]:
     """What autocast makes of them: under it, one dtype.
 
-    (``torch.library.register_autocast`` knows one dtype a device, not the one that is in force.)
+    (An operator's ``register_autocast`` knows one dtype a device, not the one that is in force.)
     """
     device = tensors[0].device.type
     if not torch.is_autocast_enabled(device):

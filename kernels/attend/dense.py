@@ -14,11 +14,11 @@ LARGEST_HEAD = 128  # of cuDNN's kernels
 
 def equal_pattern(pattern: Pattern, length: int) -> Pattern | None:
     """``causal()`` or ``full()`` if the pattern surely equals it over ``length`` tokens."""
-    if not _shows_past(pattern, length):
+    if not _shows(pattern, length, past=True):
         return None
     if pattern.is_causal:
         return causal()
-    return full() if _shows_future(pattern, length) else None
+    return full() if _shows(pattern, length, past=False) else None
 
 
 def can_run(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> bool:
@@ -73,31 +73,19 @@ def _has_cudnn(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def _shows_past(pattern: Pattern, length: int) -> bool:
+def _shows(pattern: Pattern, length: int, *, past: bool) -> bool:
+    """Whether all of the past is surely visible, or all of the future."""
     match pattern:
-        case Causal() | Full():
-            return True
-        case Window(left=left, block=block):
-            return (left + 1) * block >= length
-        case GlobalTokens(count=count):
-            return count >= length
-        case And(operands=operands):
-            return all(_shows_past(p, length) for p in operands)
-        case Or(operands=operands):
-            return any(_shows_past(p, length) for p in operands)
-    return False
-
-
-def _shows_future(pattern: Pattern, length: int) -> bool:
-    match pattern:
+        case Causal():
+            return past
         case Full():
             return True
-        case Window(right=right, block=block):
-            return (right + 1) * block >= length
+        case Window(left=left, right=right, block=block):
+            return ((left if past else right) + 1) * block >= length
         case GlobalTokens(count=count):
             return count >= length
         case And(operands=operands):
-            return all(_shows_future(p, length) for p in operands)
+            return all(_shows(p, length, past=past) for p in operands)
         case Or(operands=operands):
-            return any(_shows_future(p, length) for p in operands)
+            return any(_shows(p, length, past=past) for p in operands)
     return False

@@ -24,11 +24,13 @@ from kernels.attend.tuning import LONG, Config, config_for, forced_now
 from kernels.interpreter import INTERPRETED
 from kernels.patterns import Pattern
 from kernels.primitives import CLASSES, GATHERED, PLAIN
-from kernels.rules import Rule
 from kernels.spans import Order
 from kernels.tiles import TileList
 
-ROWS, PIECES = 4, 16  # how the kernels that merge pieces read: tokens, and pieces at a time
+MERGED_ROWS, MERGED_PIECES = (
+    4,
+    16,
+)  # how the kernels that merge pieces read: tokens, and pieces at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +119,6 @@ class _Setup:
     heads: int  # that are launched: query heads, or key heads for the gradient of keys
     head_of: Tensor | None  # which ones, None for all
     sharing: Tensor | None
-    rule: Rule
     table: Tensor
     counts: tuple[int, ...]
     meta: dict
@@ -153,11 +154,12 @@ class _Launcher:
             self.heads // self.kv_heads, *setup.arguments(self.call, q, self.k), **meta, TMA=tma,
         )  # fmt: skip
         if work.slots:
-            merge_pieces_kernel[(work.cuts * self.batch * setup.heads * config.queries // ROWS,)](
+            chunks = work.cuts * config.queries // MERGED_ROWS
+            merge_pieces_kernel[(chunks * self.batch * setup.heads,)](
                 out, lse, prior, pieces, pieces_lse, out.stride(), work.cut, setup.head_of,
                 self.heads, setup.heads, work.cuts, work.slots, work.rows, q.shape[2],
                 part.q_order.step, meta["Q_ORDER"], config.queries, meta["DV"], meta["BLOCK_DV"],
-                ROWS, PIECES,
+                MERGED_ROWS, MERGED_PIECES,
             )  # fmt: skip
 
     def queries(self, part, dout, dlse, out, lse, kept, dq: Tensor, prior: Tensor | None) -> None:
@@ -274,7 +276,7 @@ def _make_setup(
     }
     head_of = None if launched == everyone else _numbers(launched, device)
     sharing = _sharing(part.heads, group_size, device)
-    return _Setup(config, work, len(launched), head_of, sharing, rule, table, counts, meta)
+    return _Setup(config, work, len(launched), head_of, sharing, table, counts, meta)
 
 
 def _pieces(work: Work, x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor | None]:
@@ -287,9 +289,10 @@ def _pieces(work: Work, x: Tensor, *shapes: tuple[int, ...]) -> list[Tensor | No
 def _sum_pieces(dx, prior, pieces, setup: _Setup, batch: int, order: tuple, block_d: int) -> None:
     work = setup.work
     _, block, size = pieces.shape
-    sum_pieces_kernel[(work.cuts * batch * setup.heads * block // ROWS,)](
+    sum_pieces_kernel[(work.cuts * batch * setup.heads * block // MERGED_ROWS,)](
         dx, prior, pieces, dx.stride(), work.cut, setup.head_of, setup.heads, work.cuts,
-        work.slots, work.rows, dx.shape[2], *order, block, size, block_d, ROWS, PIECES,
+        work.slots, work.rows, dx.shape[2], *order, block, size, block_d,
+        MERGED_ROWS, MERGED_PIECES,
     )  # fmt: skip
 
 

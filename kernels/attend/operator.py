@@ -7,6 +7,7 @@ tile list as its tensors. A plan is found again by the text.
 import functools
 
 import torch
+from torch import library
 
 from kernels.attend import fused
 from kernels.patterns import Pattern, parse
@@ -44,7 +45,7 @@ def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full
     return fused.Call(_pattern(pattern), scale, documents, q_position, k_position, tiles)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "strider::attend", mutates_args=(),
     schema=f"(Tensor q, Tensor k, Tensor v, {_REST}, ScalarType out_dtype) -> (Tensor, Tensor)",
 )  # fmt: skip
@@ -58,7 +59,7 @@ def _(q, k, v, *rest):
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "strider::attend_backward", mutates_args=(),
     schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     f"{_REST}) -> (Tensor, Tensor, Tensor)",

@@ -55,12 +55,12 @@ def chains(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
     heads_of: dict[tuple[Pattern, ...], list[int]] = {}
     for head in range(heads):
         heads_of.setdefault(tuple(_split(_for_head(pattern, head))), []).append(head)
-    plain = [h for parts, own in heads_of.items() if _is_plain(parts) for h in own]
-    found = [(Pass(pattern, tuple(sorted(plain))),)] if plain else []
-    for parts, own in heads_of.items():
-        if not _is_plain(parts):
-            found.append(tuple(Pass(part, tuple(own), *_orders(part)) for part in parts))
-    return tuple(found)
+    if all(map(_is_plain, heads_of)):  # heads that differ in their numbers share a launch
+        return ((Pass(pattern, tuple(range(heads))),),)
+    return tuple(
+        tuple(Pass(part, tuple(own), *_orders(part)) for part in parts)
+        for parts, own in heads_of.items()
+    )
 
 
 @functools.lru_cache(maxsize=512)
