@@ -83,8 +83,9 @@ def query_kernel(
             group, k_run, k_step, k_first, K_ORDER)  # fmt: skip
 
     dq = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
+    upcoming = tl.load(entries + low)
     for entry in tl.range(low, high, num_stages=STAGES):
-        tile = tl.load(entries + entry)
+        tile, upcoming = upcoming, tl.load(entries + entry + 1)
         j_slot = (tile >> 1) * BLOCK_J
         j = token_of(j_slot + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
         k_tile = load_tile(
@@ -178,8 +179,9 @@ def key_kernel(
         q_base = batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
         dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
         row_base = (batch * heads + head) * queries
+        upcoming = tl.load(entries + first_entry)
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
-            tile = tl.load(entries + entry)
+            tile, upcoming = upcoming, tl.load(entries + entry + 1)
             i_slot = (tile >> 1) * BLOCK_I
             i = token_of(i_slot + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
             q_tile = load_tile(

@@ -63,8 +63,9 @@ def forward_kernel(
     row_max = tl.full((BLOCK_I,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_I,), tl.float32)
     acc = tl.zeros((BLOCK_I, BLOCK_DV), tl.float32)
+    upcoming = tl.load(entries + low)
     for entry in tl.range(low, high, num_stages=STAGES):
-        tile = tl.load(entries + entry)
+        tile, upcoming = upcoming, tl.load(entries + entry + 1)
         j_slot = (tile >> 1) * BLOCK_J
         j = token_of(j_slot + tl.arange(0, BLOCK_J), group, k_run, k_step, k_first, K_ORDER)
         k_tile = load_tile(

@@ -152,7 +152,8 @@ class Work:
             of a piece of a row (-1 for a whole row). Rows and slots are the same in every head.
         cut: ``(cut rows, 3)`` int32: row, first slot, pieces.
         slots: pieces of all cut rows.
-        entries: tile number times two, plus one if the whole tile is visible, int32.
+        entries: tile number times two, plus one if the whole tile is visible, int32; one more at
+            the end, because kernels read an entry ahead.
         rows: tiles of one group.
         tile_rows: rows of the list, over the groups and heads.
     """
@@ -180,7 +181,7 @@ class Work:
     @property
     def mean_tiles(self) -> float:
         """Tiles that a row visits."""
-        return self.entries.numel() / self.tile_rows
+        return (len(self.entries) - 1) / self.tile_rows
 
 
 def make_work(tiles: TileList, device: torch.device) -> Work:
@@ -203,11 +204,12 @@ def make_work(tiles: TileList, device: torch.device) -> Work:
     high = start[:, row] + count[:, row] * (piece + 1) // pieces
     shared = (x.expand(heads, -1) for x in (row, slot))
     items = torch.stack((next(shared), low, high, next(shared)), dim=2)
+    entries = torch.nn.functional.pad(tiles.keys * 2 + tiles.full, (0, 1))
     return Work(
         items.int().contiguous().to(device),
         cut.int().contiguous().to(device),
         int(slots[-1]),
-        (tiles.keys * 2 + tiles.full).int().to(device),
+        entries.int().to(device),
         total // tiles.groups,
         total * heads,
     )
