@@ -175,13 +175,21 @@ def key_kernel(
             first_entry, last_entry = entries_of_documents(
                 entries, first_entry, last_entry, documents, first_document, last_document, queries,
                 BLOCK_I, group, 1, q_step, 0, Q_ORDER)  # fmt: skip
-        numbers = READ(table + tl.maximum(head, 0) * table_stride)
+        head = tl.maximum(head, 0)
+        numbers = READ(table + head * table_stride)
         q_base = batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
         dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
         row_base = (batch * heads + head) * queries
         upcoming = tl.load(entries + first_entry)
+        next_lse2, next_shift = _row_numbers(
+            lse2_ptr + row_base, shift_ptr + row_base, upcoming, queries, group, q_step,
+            BLOCK_I, Q_ORDER)  # fmt: skip
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
-            tile, upcoming = upcoming, tl.load(entries + entry + 1)
+            tile, lse2, shift = upcoming, next_lse2, next_shift
+            upcoming = tl.load(entries + entry + 1)
+            next_lse2, next_shift = _row_numbers(
+                lse2_ptr + row_base, shift_ptr + row_base, upcoming, queries, group, q_step,
+                BLOCK_I, Q_ORDER)  # fmt: skip
             i_slot = (tile >> 1) * BLOCK_I
             i = token_of(i_slot + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
             q_tile = load_tile(
@@ -191,8 +199,6 @@ def key_kernel(
                 dout, dout_base, batch.to(tl.int32), head, i_slot, group, 1, 0, i, queries,
                 dout_stride[2], d_value, dout_stride[3], DV, TMA, Q_ORDER)  # fmt: skip
             dout_tile = dout_tile.to(q_tile.dtype)
-            lse2 = tl.load(lse2_ptr + row_base + i, mask=i < queries, other=float("inf"))
-            shift = tl.load(shift_ptr + row_base + i, mask=i < queries, other=0.0)
             score = tl.dot(k, tl.trans(q_tile), input_precision=PRECISION)  # (j, i)
             weight = tl.exp2(score * (scale * LOG2_E) - lse2[None, :])
             whole = tile & 1
@@ -227,6 +233,18 @@ def key_kernel(
     else:
         _add(dk_ptr, dk_prior_ptr, dk_base, dk, j, keys, dk_stride[2], d, D)
         _add(dv_ptr, dv_prior_ptr, dv_base, dv, j, keys, dv_stride[2], d_value, DV)
+
+
+@triton.jit
+def _row_numbers(lse2_ptr, shift_ptr, entry, queries, group, q_step,
+                 BLOCK_I: tl.constexpr, Q_ORDER: tl.constexpr):  # fmt: skip
+    """``lse2`` and ``shift`` of an entry's queries, ``(BLOCK_I)`` each.
+
+    The compiler pipelines the loads of tiles, not of these; the loop asks for them a tile ahead.
+    """
+    i = token_of((entry >> 1) * BLOCK_I + tl.arange(0, BLOCK_I), group, 1, q_step, 0, Q_ORDER)
+    lse2 = tl.load(lse2_ptr + i, mask=i < queries, other=float("inf"))
+    return lse2, tl.load(shift_ptr + i, mask=i < queries, other=0.0)
 
 
 @triton.jit
