@@ -27,10 +27,7 @@ from kernels.primitives import CLASSES, GATHERED, PLAIN
 from kernels.spans import Order
 from kernels.tiles import TileList
 
-MERGED_ROWS, MERGED_PIECES = (
-    4,
-    16,
-)  # how the kernels that merge pieces read: tokens, and pieces at a time
+MERGED_ROWS, MERGED_PIECES = 4, 16  # what the kernels that merge read: tokens, pieces at a time
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,10 +62,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
     # What every pass needs of each query: the sum of dout * out, less dlse, and the lse in base 2.
     kept = torch.empty_like(lse), torch.empty_like(lse)
     for chain in launcher.chains:
-        between = torch.empty_like(dq, dtype=torch.float32) if len(chain) > 1 else None
-        for n, part in enumerate(chain):
-            target = dq if n == len(chain) - 1 else between
-            launcher.queries(part, dout, dlse, out, lse, kept, target, between if n else None)
+        _chained_queries(launcher, chain, dout, dlse, out, lse, kept, dq)
     if len(launcher.chains) == 1 or launcher.heads == launcher.kv_heads:
         for chain in launcher.chains:
             _chained_keys(launcher, chain, dout, kept, dk, dv)
@@ -80,6 +74,14 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
         dk.copy_(sums[0])
         dv.copy_(sums[1])
     return dq, dk, dv
+
+
+def _chained_queries(launcher, chain: tuple[Pass, ...], dout, dlse, out, lse, kept, dq) -> None:
+    """Gradient of the queries of one chain; the first pass fills ``kept``, the last one rounds."""
+    between = torch.empty_like(dq, dtype=torch.float32) if len(chain) > 1 else None
+    for n, part in enumerate(chain):
+        target = dq if n == len(chain) - 1 else between
+        launcher.queries(part, dout, dlse, out, lse, kept, target, between if n else None)
 
 
 def _chained_keys(launcher, chain: tuple[Pass, ...], dout, kept, dk, dv) -> None:
