@@ -8,15 +8,16 @@ from pathlib import Path
 
 import numpy as np
 
+from data.corpus import SPLITS, Corpus, Split, stream
 from data.unpack import unpacked
+from data.vocabulary import Bytes
 
-SPLITS = ("train", "validation", "test")
 SAMPLE = Path(__file__).parent / "samples" / "enwik8-prefix.xz"
 
 log = logging.getLogger(__name__)
 
 
-class ByteFile:
+class ByteFile(Corpus):
     """A file whose bytes are the tokens: the first part trains, the last two are held out.
 
     Args:
@@ -27,6 +28,8 @@ class ByteFile:
     Raises:
         ValueError: if the fractions are not three positive numbers with sum 1.
     """
+
+    vocabulary = Bytes()
 
     def __init__(self, path: str | None, cache: str, *, fractions: Sequence[float]):
         if len(fractions) != 3 or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
@@ -57,12 +60,11 @@ class ByteFile:
         sizes = ", ".join(f"{len(tokens):,} {name}" for name, tokens in self.open().items())
         log.info("reading %s: %s bytes", self.path, sizes)
 
-    def open(self) -> dict[str, np.ndarray]:
-        """The splits by name, memory-mapped: ``(bytes,)`` uint8 each. `prepare` comes first."""
+    def open(self) -> dict[str, Split]:
         tokens = np.memmap(self.raw, dtype=np.uint8, mode="r")
         train, validation, _ = self.fractions
         ends = [round(len(tokens) * end) for end in (train, train + validation)]
-        return dict(zip(SPLITS, np.split(tokens, ends), strict=True))
+        return dict(zip(SPLITS, map(stream, np.split(tokens, ends)), strict=True))
 
     @cached_property
     def raw(self) -> Path:
