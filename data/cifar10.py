@@ -72,7 +72,7 @@ class Cifar10(Images):
             it names are left out of the test split.
     """
 
-    def __init__(self, path: str | None, cache: str, *, exclude_rows: str | None):
+    def __init__(self, path: str | None, cache: str, *, exclude_rows: str | None = None):
         self.cache = Path(cache).expanduser() / "cifar10"
         self.downloads = path is None
         self.path = self.cache / Path(URL).name if path is None else Path(path).expanduser()

@@ -53,11 +53,13 @@ class Corpus(ABC):
     """Made with ``(path, cache, *, own keyword arguments)``; `prepare` comes before all else.
 
     ``measure`` names, in `evaluation.measures`, the unit in which results are reported, and
-    ``vocabulary`` turns tokens into text and back, for corpora of text.
+    ``vocabulary`` turns tokens into text and back, for corpora of text; ``image_shape`` is rows,
+    columns and channels, for corpora of images, each of which is a document in raster order.
     """
 
     measure = "bits_per_byte"
     vocabulary: Vocabulary | None = None
+    image_shape: tuple[int, int, int] | None = None
 
     @abstractmethod
     def prepare(self) -> None:

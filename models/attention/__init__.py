@@ -15,7 +15,8 @@ class Context:
     """What the layers of one forward pass share.
 
     Args:
-        rotary: cosines and sines of the positions, two tensors ``(L, D / 2)``.
+        rotary: cosines and sines of the positions, two tensors ``(L, D / 2)``; None: no rotary
+            positions.
     """
 
-    rotary: tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor] | None
