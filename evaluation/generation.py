@@ -34,10 +34,7 @@ def generate(
     Raises:
         ValueError: if ``temperature`` is negative or ``top_p`` is not in (0, 1].
     """
-    if temperature < 0 or not 0 < top_p <= 1:
-        raise ValueError(
-            f"sampling needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}."
-        )
+    check_sampling(temperature, top_p)
     device = next(model.parameters()).device
     start = prompt.new_full((len(prompt), 1), model.vocab_size)
     sequence = torch.cat((start, prompt), dim=1).to(device)
@@ -51,6 +48,14 @@ def generate(
         token = sample(logits, temperature, top_p, generator)
         sequence = torch.cat((sequence, token.to(device)), dim=1)
     return sequence[:, 1:].to(prompt.device)
+
+
+def check_sampling(temperature: float, top_p: float) -> None:
+    """Refuse what no token can be drawn with."""
+    if temperature < 0 or not 0 < top_p <= 1:
+        raise ValueError(
+            f"sampling needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}."
+        )
 
 
 def sample(
