@@ -73,6 +73,10 @@ class Corpus(ABC):
     def open(self) -> dict[str, Split]:
         """The splits by name (`SPLITS`); only maps files into memory."""
 
+    def words(self, split: Split) -> int | None:
+        """Words of a part of the corpus, for word-level results; None where none are reported."""
+        return None
+
     @property
     def units(self) -> np.ndarray:
         """Bytes (or dimensions) that each token stands for, ``(vocab_size,)`` int64."""

@@ -2,8 +2,10 @@
 
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,6 +15,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from torch.utils.data import DataLoader
 
 from data.corpus import Corpus, Split
+from data.vocabulary import Vocabulary
 from data.windows import (
     DOCUMENTS,
     EvaluationWindows,
@@ -22,6 +25,7 @@ from data.windows import (
     training_samples,
 )
 
+TOKENIZER = "tokenizer.model"  # in the run's folder
 VALIDATION_TOKENS = 1 << 20  # where data.validation_tokens is null
 VALIDATION_TOKENS_ON_CPU = 1 << 16
 
@@ -146,6 +150,25 @@ class SequenceData(L.LightningDataModule):
         """Bytes (or dimensions) that each token stands for, ``(vocab_size,)`` int64."""
         return self.corpus.units
 
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Turns tokens into text and back; None if the corpus is no text."""
+        return self.corpus.vocabulary
+
+    def words(self, split: Split) -> int | None:
+        """Words of a part of the corpus, None where no word-level results are reported."""
+        return self.corpus.words(split)
+
+    @cached_property
+    def validation_words(self) -> int | None:
+        """Words of the validation tokens that are scored in training."""
+        return self.words(self._validation)
+
+    def keep_tokenizer(self, folder: str) -> None:
+        """Copy a tokenizer that was trained to ``folder``, as `TOKENIZER`; nothing if none was."""
+        if self.vocabulary is not None and self.vocabulary.file is not None:
+            shutil.copyfile(self.vocabulary.file, Path(folder) / TOKENIZER)
+
     def split(self, name: str) -> Split:
         """``"train"``, ``"validation"`` or ``"test"``, memory-mapped.
 
@@ -170,9 +193,7 @@ class SequenceData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """This device's part of the validation tokens; all devices have equally many batches."""
-        default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
-        scored = self.split("validation").first(self.validation_tokens or default)
-        windows = EvaluationWindows(self._stream(scored), self.length)
+        windows = EvaluationWindows(self._stream(self._validation), self.length)
         order = evaluation_order(len(windows), **self._device_share)
         # Reading a batch takes microseconds, starting workers for every validation far longer.
         return self._loader(windows, order, workers=0)
@@ -187,6 +208,11 @@ class SequenceData(L.LightningDataModule):
             pin_memory=not self._on_cpu,
             generator=torch.Generator(),  # else each loader draws from the model's random numbers
         )
+
+    @property
+    def _validation(self) -> Split:
+        default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
+        return self.split("validation").first(self.validation_tokens or default)
 
     def _training_windows(self) -> TrainingWindows:
         return TrainingWindows(self._stream(self.split("train")), self.length, self.seed)

@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 
 import numpy as np
 
@@ -12,10 +13,11 @@ class Vocabulary(ABC):
 
     Args:
         pieces: the bytes of each token.
+        file: what the vocabulary was read from; None if it needs no file.
     """
 
-    def __init__(self, pieces: Sequence[bytes]):
-        self.pieces = list(pieces)
+    def __init__(self, pieces: Sequence[bytes], file: Path | None = None):
+        self.pieces, self.file = list(pieces), file
 
     def __len__(self) -> int:
         return len(self.pieces)

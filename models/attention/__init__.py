@@ -17,6 +17,9 @@ class Context:
     Args:
         rotary: cosines and sines of the positions, two tensors ``(L, D / 2)``; None: no rotary
             positions.
+        documents: number of each token's document ``(B, L)``, non-decreasing int32: a token sees
+            none of another document; None: all tokens are of one.
     """
 
     rotary: tuple[Tensor, Tensor] | None
+    documents: Tensor | None = None
