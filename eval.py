@@ -13,6 +13,7 @@ from omegaconf import DictConfig
 
 from data.module import TOKENIZER, SequenceData
 from evaluation.generation import generate
+from evaluation.images import complete, draw
 from evaluation.positions import draw_positions
 from evaluation.report import results, score, table
 from training.checkpoint import model_weights, read_checkpoint, rebuild
@@ -42,6 +43,8 @@ class Settings:
     temperature: float
     top_p: float
     seed: int
+    images: int | None
+    given: float
 
 
 def evaluate(config: DictConfig) -> None:
@@ -53,11 +56,15 @@ def evaluate(config: DictConfig) -> None:
         )
     if config.limit is not None and config.limit < 1:
         raise ValueError(f"limit must be at least 1 token, got {config.limit}; null scores all.")
+    if config.images is not None and config.images < 1:
+        raise ValueError(f"images must be at least 1, got {config.images}; null draws none.")
     checkpoint = read_checkpoint(config.checkpoint)
     folder = folder_of(Path(config.checkpoint))
     changed = {"cache": config.paths.cache}
     if config.data.path:
         changed["path"] = config.data.path
+    if config.data.exclude_rows:
+        changed["exclude_rows"] = config.data.exclude_rows
     if (folder / TOKENIZER).exists():  # the one of the training, whatever else is in the cache
         changed["tokenizer"] = str(folder / TOKENIZER)
     data = rebuild(checkpoint["config"], "data", **changed)
@@ -69,8 +76,15 @@ def evaluate(config: DictConfig) -> None:
     split = data.split(config.split)
     scored = split.first(config.limit)
     context = data.length if config.context is None else config.context
+    if data.image_shape is not None and context < data.length:
+        raise ValueError(
+            f"an image of {data.name} is scored whole, so context must be {data.length} or null, "
+            f"got {context}."
+        )
     # The sample comes first, so that a mistake in it does not cost a scoring of the split.
     sample = None if config.prompt is None else continuation(model, data, config, context)
+    if config.images is not None:
+        draw_images(model, data, config, folder)
     with autocast(config):
         sums, settings = score(
             model,
@@ -127,6 +141,27 @@ def continuation(
             generator=torch.Generator().manual_seed(config.seed),
         )
     return data.vocabulary.decode(tokens[0]).decode(errors="replace")
+
+
+def draw_images(
+    model: torch.nn.Module, data: SequenceData, config: DictConfig, folder: Path
+) -> None:
+    """Write `samples.png`, from nothing, and `completions.png` of the first images of the split."""
+    if data.image_shape is None:
+        raise ValueError(
+            f"images=N is for models of images, and {data.name} is none; leave it out."
+        )
+    tokens = data.split(config.split).tokens[: config.images * data.length]
+    originals = tokens.reshape(-1, data.length)
+    sampling = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }
+    shape = data.image_shape
+    with autocast(config):
+        complete(model, originals, shape, config.given, folder / "completions.png", **sampling)
+        draw(model, config.images, shape, folder / "samples.png", **sampling)
 
 
 def device_of(config: DictConfig) -> torch.device:
