@@ -13,7 +13,6 @@ import logging
 import math
 import tarfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import IO
@@ -91,6 +90,8 @@ class Cifar10(Images):
         if not self.downloads:
             self._check_path()
         create(self._images, self._write)
+        if self.downloads:
+            self.path.unlink(missing_ok=True)  # the prepared file is all that is read from now on
         sizes = ", ".join(f"{len(s.starts):,} {name}" for name, s in self.open().items())
         log.info("reading %s: %s images", self.path, sizes)
 
@@ -102,7 +103,7 @@ class Cifar10(Images):
         splits = {"train": _split(train, notes), "validation": _split(validation, notes)}
         if self._excluded:
             test = np.delete(test, self._excluded, axis=0)
-            notes = [*notes, f"{len(self._excluded):,} of {ROWS:,} rows left out"]
+            notes = [*notes, f"{len(self._excluded):,} of {ROWS:,} test rows left out"]
         return splits | {"test": _split(test, notes)}
 
     @property
@@ -137,22 +138,20 @@ class Cifar10(Images):
     def _write(self, target: Path) -> None:
         if self.downloads:
             self._download()
-        with self._opened() as files, open(target, "wb") as out:
-            for batch, file in files:
+        with open(target, "wb") as out:
+            for batch, file in self._files():
                 out.write(_tokens(file, f"{batch} of {self.path}"))
-        if self.downloads:
-            self.path.unlink()  # the prepared file is all that is read from now on
 
-    @contextmanager
-    def _opened(self) -> Iterator[Iterator[tuple[str, IO[bytes]]]]:
-        """The batches by name, in the official order, each opened when its turn comes."""
-        with ExitStack() as stack:
-            if self.path.is_dir():
-                files = self._batches().items()
-                yield ((b, stack.enter_context(open(path, "rb"))) for b, path in files)
-            else:
-                archive = stack.enter_context(tarfile.open(self.path, "r:gz"))
-                yield ((batch, archive.extractfile(f"{FOLDER}/{batch}")) for batch in MD5)
+    def _files(self) -> Iterator[tuple[str, IO[bytes]]]:
+        """The batches by name, in the official order."""
+        if self.path.is_dir():
+            for batch, path in self._batches().items():
+                with open(path, "rb") as file:
+                    yield batch, file
+        else:
+            with tarfile.open(self.path, "r:gz") as archive:
+                for batch in MD5:
+                    yield batch, archive.extractfile(f"{FOLDER}/{batch}")
 
     def _check_path(self) -> None:
         if not self.path.exists():

@@ -166,7 +166,7 @@ def test_rows_of_the_test_batch_can_be_left_out(folder, planes, tmp_path):
     whole, less = prepared(folder, tmp_path), prepared(folder, tmp_path, exclude_rows=rows)
     before, after = whole.open(), less.open()
     assert (images(after["test"]) == np.delete(images(before["test"]), [3, 19], axis=0)).all()
-    assert after["test"].note.endswith("; 2 of 20 rows left out")
+    assert after["test"].note.endswith("; 2 of 20 test rows left out")
     assert (after["train"].tokens == before["train"].tokens).all()
     assert "left out" not in after["train"].note
 
