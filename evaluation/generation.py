@@ -6,6 +6,7 @@ from torch import Tensor, nn
 PADDING = 128  # tokens: lengths are rounded up to a multiple, so that few differ
 
 
+@torch.compiler.set_stance("force_eager")  # lengths change: compiling each costs more than it saves
 @torch.inference_mode()
 def generate(
     model: nn.Module,

@@ -50,6 +50,21 @@ def test_each_prompt_of_a_batch_is_continued_by_itself():
     assert generate(Counter(), torch.empty(2, 0, dtype=torch.long), 2).tolist() == [[0, 1], [0, 1]]
 
 
+def test_a_compiled_model_is_not_compiled_again_for_every_length():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = Counter()
+    model.compile(backend=backend)
+    generate(model, torch.tensor([[3]]), 3)
+    assert not compiled
+    model(torch.tensor([[3]]))
+    assert compiled
+
+
 def test_temperature_zero_is_greedy_and_top_p_cuts_the_tail():
     logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
     assert sample(logits, 0, 1.0, None).tolist() == [1]
