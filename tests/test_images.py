@@ -104,6 +104,7 @@ def files(output):
     [
         ({}, {"step-6.png", "step-6-completions.png"}),
         ({"samples": 0}, {"step-6-completions.png"}),
+        ({"samples": None}, {"step-6-completions.png"}),  # on a CPU
         (
             {"every_validation": True, "completions": 0},
             {"step-0.png", "step-3.png", "step-6.png"},

@@ -13,6 +13,8 @@ from evaluation.images import check_share, complete, draw
 from training.loggers import log_picture
 from training.progress import Budget
 
+NUMBER = 4  # of images where none is configured; on a CPU that would take minutes to hours
+
 log = logging.getLogger("strider")
 
 
@@ -25,8 +27,9 @@ class Images(L.Callback):
 
     Args:
         output: the run's folder.
-        samples: images to draw from nothing; 0 for none.
-        completions: images of validation to complete, the first ones; 0 for none.
+        samples: images to draw from nothing, 0 for none; None: 4, none on a CPU.
+        completions: images of validation to complete, the first ones, 0 for none; None: 4, none on
+            a CPU.
         given: share of the rows of each that the model sees.
         every_validation: also before the last step.
         temperature: divides the logits; 0 takes the most likely byte.
@@ -39,14 +42,14 @@ class Images(L.Callback):
     def __init__(
         self,
         output: str,
-        samples: int,
-        completions: int,
+        samples: int | None,
+        completions: int | None,
         given: float,
         every_validation: bool,
         temperature: float,
         top_p: float,
     ):
-        if samples < 0 or completions < 0:
+        if min(samples or 0, completions or 0) < 0:
             raise ValueError(
                 f"callbacks.images draws 0 or more images, got samples={samples} and "
                 f"completions={completions}."
@@ -66,17 +69,20 @@ class Images(L.Callback):
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{trainer.global_step}"
         sampling = {**self.sampling, "generator": torch.Generator().manual_seed(0)}
-        if self.samples or self.completions:
+        default = 0 if task.device.type == "cpu" else NUMBER
+        samples = default if self.samples is None else self.samples
+        completions = default if self.completions is None else self.completions
+        if samples or completions:
             log.info("drawing images to %s, a forward pass for each byte", self.folder)
         with trainer.precision_plugin.forward_context():
-            if self.samples:
+            if samples:
                 path = self.folder / f"{name}.png"
-                draw(task.model, self.samples, shape, path, **sampling)
+                draw(task.model, samples, shape, path, **sampling)
                 log_picture(trainer, "samples", path)
-            if self.completions:
+            if completions:
                 path = self.folder / f"{name}-completions.png"
                 tokens = trainer.datamodule.split("validation").tokens
-                originals = tokens[: self.completions * math.prod(shape)]
+                originals = tokens[: completions * math.prod(shape)]
                 originals = originals.reshape(-1, math.prod(shape))
                 complete(task.model, originals, shape, self.given, path, **sampling)
                 log_picture(trainer, "completions", path)
