@@ -7,11 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import hydra
+import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from data.module import TOKENIZER, SequenceData
 from evaluation.generation import generate
-from evaluation.report import score, table
+from evaluation.images import complete, draw
+from evaluation.positions import draw_positions
+from evaluation.report import results, score, table
 from training.checkpoint import model_weights, read_checkpoint, rebuild
 from training.errors import UserErrors
 from training.typecheck import check_arguments
@@ -39,6 +43,8 @@ class Settings:
     temperature: float
     top_p: float
     seed: int
+    images: int | None
+    given: float
 
 
 def evaluate(config: DictConfig) -> None:
@@ -48,25 +54,45 @@ def evaluate(config: DictConfig) -> None:
             f"batch_tokens and sample_tokens must be at least 1, got {config.batch_tokens} and "
             f"{config.sample_tokens}."
         )
+    if config.limit is not None and config.limit < 1:
+        raise ValueError(f"limit must be at least 1 token, got {config.limit}; null scores all.")
+    if config.images is not None and config.images < 1:
+        raise ValueError(f"images must be at least 1, got {config.images}; null draws none.")
     checkpoint = read_checkpoint(config.checkpoint)
-    moved = {"path": config.data.path} if config.data.path else {}
-    data = rebuild(checkpoint["config"], "data", cache=config.paths.cache, **moved)
+    folder = folder_of(Path(config.checkpoint))
+    changed = {"cache": config.paths.cache}
+    if config.data.path:
+        changed["path"] = config.data.path
+    if config.data.exclude_rows:
+        changed["exclude_rows"] = config.data.exclude_rows
+    if (folder / TOKENIZER).exists():  # the one of the training, whatever else is in the cache
+        changed["tokenizer"] = str(folder / TOKENIZER)
+    data = rebuild(checkpoint["config"], "data", **changed)
     model = rebuild(checkpoint["config"], "model")
     model.load_state_dict(model_weights(checkpoint))
     model.eval().to(device_of(config))
 
     data.prepare_data()
-    tokens = data.split(config.split)
+    split = data.split(config.split)
+    scored = split.first(config.limit)
     context = data.length if config.context is None else config.context
+    if data.image_shape is not None and context < data.length:
+        raise ValueError(
+            f"an image of {data.name} is scored whole, so context must be {data.length} or null, "
+            f"got {context}."
+        )
     # The sample comes first, so that a mistake in it does not cost a scoring of the split.
-    sample = None if config.prompt is None else continuation(model, config, context)
+    sample = None if config.prompt is None else continuation(model, data, config, context)
+    if config.images is not None:
+        draw_images(model, data, config, folder)
     with autocast(config):
-        result = score(
+        sums, settings = score(
             model,
-            tokens,
+            scored.tokens,
+            scored.starts,
+            data.units,
             context=context,
             stride=config.stride,
-            limit=config.limit,
             batch_tokens=config.batch_tokens,
         )
     result = {
@@ -74,30 +100,68 @@ def evaluate(config: DictConfig) -> None:
         "step": checkpoint["global_step"],
         "data": data.name,
         "split": config.split,
-        **result,
+        **results(
+            sums,
+            measure=data.measure,
+            words=data.words(scored),
+            tokens_in_split=len(split),
+            documents=(len(scored.starts), len(split.starts)),
+            note=split.note,
+        ),
+        **settings,
     }
     print(table(result))
-    beside = Path(config.checkpoint).parent
-    folder = beside.parent if beside.name == "checkpoints" else beside
     (folder / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+    draw_positions(sums, data.measure, folder / "bits_by_position.png")
 
     if sample is not None:
         print("\n" + sample)
 
 
-def continuation(model: torch.nn.Module, config: DictConfig, context: int) -> str:
-    prompt = torch.tensor([list(str(config.prompt).encode())], dtype=torch.long)
+def folder_of(checkpoint: Path) -> Path:
+    """The folder of the run that wrote ``checkpoint``."""
+    beside = checkpoint.parent
+    return beside.parent if beside.name == "checkpoints" else beside
+
+
+def continuation(
+    model: torch.nn.Module, data: SequenceData, config: DictConfig, context: int
+) -> str:
+    if data.vocabulary is None:
+        raise ValueError(f"a prompt is for models of text, and {data.name} is none; leave it out.")
+    prompt = data.vocabulary.encode(str(config.prompt)).astype(np.int64)
     with autocast(config):
         tokens = generate(
             model,
-            prompt,
+            torch.from_numpy(prompt)[None],
             config.sample_tokens,
             context=context,
             temperature=config.temperature,
             top_p=config.top_p,
             generator=torch.Generator().manual_seed(config.seed),
         )
-    return bytes(tokens[0].tolist()).decode(errors="replace")
+    return data.vocabulary.decode(tokens[0]).decode(errors="replace")
+
+
+def draw_images(
+    model: torch.nn.Module, data: SequenceData, config: DictConfig, folder: Path
+) -> None:
+    """Write `samples.png`, from nothing, and `completions.png` of the first images of the split."""
+    if data.image_shape is None:
+        raise ValueError(
+            f"images=N is for models of images, and {data.name} is none; leave it out."
+        )
+    tokens = data.split(config.split).tokens[: config.images * data.length]
+    originals = tokens.reshape(-1, data.length)
+    sampling = {
+        "temperature": config.temperature,
+        "top_p": config.top_p,
+        "generator": torch.Generator().manual_seed(config.seed),
+    }
+    shape = data.image_shape
+    with autocast(config):
+        complete(model, originals, shape, config.given, folder / "completions.png", **sampling)
+        draw(model, config.images, shape, folder / "samples.png", **sampling)
 
 
 def device_of(config: DictConfig) -> torch.device:

@@ -19,7 +19,7 @@ log = logging.getLogger("strider")
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="train")
 def main(config: DictConfig) -> float:
-    """Train until the budget is spent; returns the last validation's bits per byte, for sweeps.
+    """Train until the budget is spent; returns the last validation's result, for sweeps.
 
     A run that was finished before, and is only found so, has none: nan.
     """
@@ -37,6 +37,8 @@ def main(config: DictConfig) -> float:
         data.prepare_data()
         # Only now, when all that was asked for is found possible, is anything written.
         run_folder.open_folder(config, checkpoint)
+        if trainer.is_global_zero:
+            data.keep_tokenizer(config.paths.output)
         trainer.loggers = instantiate(config.logger)
         try:
             trainer.fit(task, datamodule=data, ckpt_path=checkpoint)
@@ -44,7 +46,7 @@ def main(config: DictConfig) -> float:
             leave_if_interrupted(callbacks.get("interruption"))
             raise
     leave_if_interrupted(callbacks.get("interruption"))
-    return float(trainer.callback_metrics.get("val/bits_per_byte", "nan"))
+    return float(trainer.callback_metrics.get(f"val/{data.measure}", "nan"))
 
 
 def leave_if_interrupted(interruption: Interruption | None) -> None:

@@ -1,22 +1,23 @@
 """Any file as a corpus of bytes, split by fractions; and the sample that comes with Strider."""
 
 import logging
-import math
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
+from data.corpus import SPLITS, Corpus, Split, stream
+from data.fractions import check_fractions, cuts
 from data.unpack import unpacked
+from data.vocabulary import Bytes
 
-SPLITS = ("train", "validation", "test")
 SAMPLE = Path(__file__).parent / "samples" / "enwik8-prefix.xz"
 
 log = logging.getLogger(__name__)
 
 
-class ByteFile:
+class ByteFile(Corpus):
     """A file whose bytes are the tokens: the first part trains, the last two are held out.
 
     Args:
@@ -28,12 +29,10 @@ class ByteFile:
         ValueError: if the fractions are not three positive numbers with sum 1.
     """
 
+    vocabulary = Bytes()
+
     def __init__(self, path: str | None, cache: str, *, fractions: Sequence[float]):
-        if len(fractions) != 3 or min(fractions) <= 0 or not math.isclose(sum(fractions), 1):
-            raise ValueError(
-                f"data.corpus.fractions must be three positive shares (train, validation, test) "
-                f"with sum 1, got {list(fractions)}; for example [0.9, 0.05, 0.05]."
-            )
+        check_fractions(fractions)
         self.path = None if path is None else Path(path).expanduser()
         self.cache = Path(cache).expanduser()
         self.fractions = fractions
@@ -57,12 +56,10 @@ class ByteFile:
         sizes = ", ".join(f"{len(tokens):,} {name}" for name, tokens in self.open().items())
         log.info("reading %s: %s bytes", self.path, sizes)
 
-    def open(self) -> dict[str, np.ndarray]:
-        """The splits by name, memory-mapped: ``(bytes,)`` uint8 each. `prepare` comes first."""
+    def open(self) -> dict[str, Split]:
         tokens = np.memmap(self.raw, dtype=np.uint8, mode="r")
-        train, validation, _ = self.fractions
-        ends = [round(len(tokens) * end) for end in (train, train + validation)]
-        return dict(zip(SPLITS, np.split(tokens, ends), strict=True))
+        parts = np.split(tokens, cuts(len(tokens), self.fractions))
+        return dict(zip(SPLITS, map(stream, parts), strict=True))
 
     @cached_property
     def raw(self) -> Path:

@@ -1,18 +1,18 @@
 """Download a file: resumed where it was cut off, verified, and named only when complete."""
 
+import hashlib
 import http.client
 import logging
 import ssl
 import time
 import urllib.error
 import urllib.request
-from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
 from tqdm import tqdm
 
-from data.files import create, sha256_of
+from data.files import create
 
 NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -30,7 +30,7 @@ def fetch(
     url: str,
     target: Path,
     *,
-    sha256: str,
+    sha256: str | None,
     attempts: int = 4,
     wait: float = 0.5,
     timeout: float = 15,
@@ -38,7 +38,7 @@ def fetch(
     """Put the content of ``url`` at ``target``, unless it is there already.
 
     Args:
-        sha256: SHA-256 of the content, in hexadecimal.
+        sha256: SHA-256 of the content, in hexadecimal; None: the caller checks the content.
         attempts: how often to try; each continues where the one before it was cut off, also one
             of an earlier process.
         wait: seconds before the second attempt, twice as long before each further one.
@@ -49,15 +49,49 @@ def fetch(
         ValueError: if the content has another SHA-256; it is then deleted.
         OSError: if the disk is full.
     """
-    return create(target, partial(_download, url, sha256, attempts, wait, timeout))
+
+    def write(part: Path) -> None:
+        download(url, part, attempts=attempts, wait=wait, timeout=timeout)
+        if sha256 is not None:
+            check(url, part, "sha256", sha256)
+
+    return create(target, write)
 
 
-def _download(
-    url: str, expected: str, attempts: int, wait: float, timeout: float, part: Path
+def check(url: str, part: Path, algorithm: str, expected: str) -> None:
+    """Compare the checksum of what ``url`` gave; a file with another one is deleted.
+
+    Raises:
+        ValueError: if they differ.
+    """
+    with open(part, "rb") as file:
+        actual = hashlib.file_digest(file, algorithm).hexdigest()
+    if actual != expected:
+        part.unlink()
+        name = {"sha256": "SHA-256", "md5": "MD5"}[algorithm]
+        raise ValueError(
+            f"{url} gave a file with {name} {actual} instead of {expected}, so it was deleted; "
+            f"try again, or get the file elsewhere."
+        )
+
+
+def download(
+    url: str,
+    part: Path,
+    *,
+    attempts: int = 4,
+    wait: float = 0.5,
+    timeout: float = 15,
+    progress: bool = True,
 ) -> None:
+    """Complete the file ``part`` with the content of ``url``, unchecked; see `fetch`.
+
+    Args:
+        progress: show a bar on a terminal.
+    """
     for attempt in range(1, attempts + 1):
         try:
-            _receive(url, part, timeout)
+            _receive(url, part, timeout, progress)
             break
         except NETWORK_ERRORS as error:
             refused = isinstance(error, urllib.error.HTTPError) and error.code < 500
@@ -67,16 +101,9 @@ def _download(
                 ) from error
             log.warning("%s: %s; attempt %d follows", url, _reason(error), attempt + 1)
             time.sleep(wait * 2 ** (attempt - 1))
-    actual = sha256_of(part)
-    if actual != expected:
-        part.unlink()
-        raise ValueError(
-            f"{url} gave a file with SHA-256 {actual} instead of {expected}, so it was deleted; "
-            f"try again, or get the file elsewhere."
-        )
 
 
-def _receive(url: str, part: Path, timeout: float) -> None:
+def _receive(url: str, part: Path, timeout: float, progress: bool) -> None:
     """Append to ``part`` what it lacks, in one request."""
     start = part.stat().st_size if part.exists() else 0
     request = urllib.request.Request(url, headers={"Range": f"bytes={start}-"} if start else {})
@@ -91,13 +118,14 @@ def _receive(url: str, part: Path, timeout: float) -> None:
             start = 0  # a server without ranges sends everything again
         length = response.headers["Content-Length"]
         total = None if length is None else start + int(length)
-        progress = tqdm(
-            desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=None
+        hidden = None if progress else True  # None: hidden unless there is a terminal
+        bar = tqdm(
+            desc=part.stem, initial=start, total=total, unit="B", unit_scale=True, disable=hidden
         )
-        with progress, open(part, "ab" if start else "wb") as file:
+        with bar, open(part, "ab" if start else "wb") as file:
             while chunk := response.read1(CHUNK):  # what has come, to lose little when cut off
                 file.write(chunk)
-                progress.update(len(chunk))
+                bar.update(len(chunk))
     # http.client ends a body that was cut off like one that is complete.
     size = part.stat().st_size
     if total is not None and size < total:

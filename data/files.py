@@ -27,9 +27,9 @@ def create(target: Path, write: Callable[[Path], None]) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not target.exists():  # nobody wrote it while this process waited for the lock
                 write(part)
-                _sync(part)
+                sync(part)
                 part.replace(target)
-                _sync(target.parent)
+                sync(target.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -47,7 +47,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Force a file's content, or a folder's list of names, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -1,9 +1,12 @@
 """Lightning data module: every step's rows, whatever the number of devices and workers."""
 
+import math
 import os
-from collections.abc import Callable, Iterable, Iterator
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any
 
 import lightning as L
 import numpy as np
@@ -11,18 +14,20 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from torch.utils.data import DataLoader
 
-from data.windows import EvaluationWindows, TrainingWindows, evaluation_windows, training_samples
+from data.corpus import Corpus, Split
+from data.vocabulary import Vocabulary
+from data.windows import (
+    DOCUMENTS,
+    EvaluationWindows,
+    Stream,
+    TrainingWindows,
+    evaluation_order,
+    training_samples,
+)
 
+TOKENIZER = "tokenizer.model"  # in the run's folder
 VALIDATION_TOKENS = 1 << 20  # where data.validation_tokens is null
 VALIDATION_TOKENS_ON_CPU = 1 << 16
-
-
-class Corpus(Protocol):
-    """Tokens split in three; `prepare` may download and unpack, `open` only maps into memory."""
-
-    def prepare(self) -> None: ...
-
-    def open(self) -> dict[str, np.ndarray]: ...
 
 
 class SequenceData(L.LightningDataModule):
@@ -33,7 +38,8 @@ class SequenceData(L.LightningDataModule):
     with the tokens that come next.
 
     Args:
-        corpus: called with ``path`` and ``cache``, gives the `Corpus`.
+        corpus: called with ``path`` and ``cache`` (``tokenizer`` and ``vocab_size`` if there is a
+            tokenizer to choose, ``exclude_rows`` if rows are left out), gives the `Corpus`.
         name: what reports and run names call the corpus.
         path: a file that is already on disk, or None.
         cache: folder for downloads and unpacked files.
@@ -43,11 +49,17 @@ class SequenceData(L.LightningDataModule):
         validation_tokens: how many of the first validation tokens are scored; None takes
             1,048,576, or 65,536 on a CPU.
         vocab_size: number of different tokens; the start id is the next number.
+        documents: ``"stream"``: the corpus is one text without borders; ``"pack"``: windows run
+            across documents, each of which begins with the start id; ``"split"``: each window lies
+            inside one document.
         workers: processes that read training rows ahead; 0 reads in the main process.
         seed: of the order of the windows.
+        tokenizer: for a corpus that offers several, the name of one.
+        exclude_rows: for a corpus with such a choice, a CSV file of rows to leave out of the test.
+        image_shape: rows, columns and channels, for a corpus of images.
 
     Raises:
-        ValueError: if the numbers of tokens do not divide as they must.
+        ValueError: if the numbers of tokens do not divide as they must, or a name is unknown.
     """
 
     def __init__(
@@ -62,8 +74,12 @@ class SequenceData(L.LightningDataModule):
         micro_tokens: int | None,
         validation_tokens: int | None,
         vocab_size: int,
+        documents: str,
         workers: int,
         seed: int,
+        tokenizer: str | None = None,
+        exclude_rows: str | None = None,
+        image_shape: Sequence[int] | None = None,
     ):
         super().__init__()
         _require_multiple("data.length", length, "", 1)
@@ -72,7 +88,17 @@ class SequenceData(L.LightningDataModule):
             _require_multiple("data.micro_tokens", micro_tokens, "data.length", length)
         if validation_tokens is not None:
             _require_multiple("data.validation_tokens", validation_tokens, "", 1)
-        self.corpus = corpus(path=path, cache=cache)
+        if documents not in DOCUMENTS:
+            raise ValueError(
+                f"data.documents must be one of {', '.join(DOCUMENTS)}, got {documents}."
+            )
+        choice = {} if tokenizer is None else {"tokenizer": tokenizer, "vocab_size": vocab_size}
+        if exclude_rows is not None:
+            choice["exclude_rows"] = exclude_rows
+        self.corpus = corpus(path=path, cache=cache, **choice)
+        _check_images(name, self.corpus.image_shape, image_shape, length, documents)
+        self.image_shape = self.corpus.image_shape
+        self.documents = documents
         self.name, self.length, self.vocab_size = name, length, vocab_size
         self.batch_tokens, self.micro_tokens = batch_tokens, micro_tokens
         self.validation_tokens = validation_tokens
@@ -106,6 +132,7 @@ class SequenceData(L.LightningDataModule):
         """
         if not self._prepared:  # train.py wants to know early, Lightning calls again
             self.corpus.prepare()
+            self._check_vocabulary()
             self._training_windows()
             self._prepared = True
 
@@ -113,8 +140,37 @@ class SequenceData(L.LightningDataModule):
         if stage == "fit":  # complain before the model is moved to its device
             self.accumulation(self.trainer.world_size)
 
-    def split(self, name: str) -> np.ndarray:
-        """Memory-mapped tokens of ``"train"``, ``"validation"`` or ``"test"``.
+    @property
+    def measure(self) -> str:
+        """In which unit results are reported: ``bits_per_byte`` or ``bits_per_dim``."""
+        return self.corpus.measure
+
+    @property
+    def units(self) -> np.ndarray:
+        """Bytes (or dimensions) that each token stands for, ``(vocab_size,)`` int64."""
+        return self.corpus.units
+
+    @property
+    def vocabulary(self) -> Vocabulary | None:
+        """Turns tokens into text and back; None if the corpus is no text."""
+        return self.corpus.vocabulary
+
+    def words(self, split: Split) -> int | None:
+        """Words of a part of the corpus, None where no word-level results are reported."""
+        return self.corpus.words(split)
+
+    @cached_property
+    def validation_words(self) -> int | None:
+        """Words of the validation tokens that are scored in training."""
+        return self.words(self._validation)
+
+    def keep_tokenizer(self, folder: str) -> None:
+        """Copy a tokenizer that was trained to ``folder``, as `TOKENIZER`; nothing if none was."""
+        if self.vocabulary is not None and self.vocabulary.file is not None:
+            shutil.copyfile(self.vocabulary.file, Path(folder) / TOKENIZER)
+
+    def split(self, name: str) -> Split:
+        """``"train"``, ``"validation"`` or ``"test"``, memory-mapped.
 
         Raises:
             ValueError: if there is no such split, or nothing in it.
@@ -126,7 +182,8 @@ class SequenceData(L.LightningDataModule):
                 f"the {name} split of {self.name} has no tokens; use a larger file, or give the "
                 f"split more with data.corpus.fractions."
             )
-        return self._splits[name]
+        split = self._splits[name]
+        return split.without_borders() if self.documents == "stream" else split
 
     def train_dataloader(self) -> DataLoader:
         """This device's micro-batches from the current optimizer step on, without end."""
@@ -136,10 +193,8 @@ class SequenceData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """This device's part of the validation tokens; all devices have equally many batches."""
-        default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
-        tokens = self.split("validation")[: self.validation_tokens or default]
-        windows = EvaluationWindows(tokens, self.length, self.vocab_size)
-        order = evaluation_windows(len(tokens), self.length, **self._device_share)
+        windows = EvaluationWindows(self._stream(self._validation), self.length)
+        order = evaluation_order(len(windows), **self._device_share)
         # Reading a batch takes microseconds, starting workers for every validation far longer.
         return self._loader(windows, order, workers=0)
 
@@ -154,11 +209,26 @@ class SequenceData(L.LightningDataModule):
             generator=torch.Generator(),  # else each loader draws from the model's random numbers
         )
 
+    @property
+    def _validation(self) -> Split:
+        default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
+        return self.split("validation").first(self.validation_tokens or default)
+
     def _training_windows(self) -> TrainingWindows:
-        return TrainingWindows(self.split("train"), self.length, self.vocab_size, self.seed)
+        return TrainingWindows(self._stream(self.split("train")), self.length, self.seed)
+
+    def _stream(self, split: Split) -> Stream:
+        return Stream(split, self.documents, self.vocab_size)
+
+    def _check_vocabulary(self) -> None:
+        if self.corpus.vocab_size != self.vocab_size:
+            raise ValueError(
+                f"{self.name} has {self.corpus.vocab_size} different tokens, got "
+                f"data.vocab_size={self.vocab_size}; set data.vocab_size={self.corpus.vocab_size}."
+            )
 
     @cached_property
-    def _splits(self) -> dict[str, np.ndarray]:
+    def _splits(self) -> dict[str, Split]:
         return self.corpus.open()
 
     @property
@@ -187,6 +257,24 @@ class _TrainingOrder:
 def _leave_process_group(worker: int) -> None:
     """Keep Ctrl-C from the workers: the trainer needs them until it has finished its step."""
     os.setpgid(0, 0)
+
+
+def _check_images(
+    name: str,
+    shape: tuple[int, int, int] | None,
+    configured: Sequence[int] | None,
+    length: int,
+    documents: str,
+) -> None:
+    """Refuse windows that are not whole images, for a corpus of images."""
+    if (configured and tuple(configured)) != shape:
+        wanted = "null" if shape is None else list(shape)
+        raise ValueError(f"{name} needs data.image_shape={wanted}, got {configured}.")
+    if shape is not None and (length, documents) != (math.prod(shape), "split"):
+        raise ValueError(
+            f"a window of {name} is a whole image, so it needs data.length={math.prod(shape)} and "
+            f"data.documents=split, got {length} and {documents}."
+        )
 
 
 def _require_multiple(key: str, value: int, unit: str, size: int) -> None:

@@ -1,7 +1,9 @@
 """Which tokens a sample holds: a function of the seed and the sample's number alone.
 
-A row is ``length + 1`` tokens, int64: the token before the window (the start id if there is none),
-then the window. So its inputs are ``row[:-1]`` and its targets ``row[1:]``. ``B`` counts rows.
+Windows are cut from a *stream* in which the start id stands before every document: token ``t`` of
+document ``d`` is item ``t + d + 1``. A row is ``length + 1`` neighbouring items, int64, padded with
+-1 past its document (``split``) or past the end: its inputs are ``row[:-1]``, its targets
+``row[1:]``. A target that is the start id or padding is not scored. ``B`` counts rows.
 """
 
 import itertools
@@ -9,69 +11,116 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-PADDING = -1  # a target that is not scored
+from data.corpus import Split
+
+PADDING = -1
+DOCUMENTS = ("stream", "pack", "split")
 
 
-def read_rows(tokens: np.ndarray, starts: Sequence[int], length: int, start_id: int) -> np.ndarray:
-    """Rows ``(B, length + 1)`` of the windows that begin at ``starts``, padded past the end."""
-    rows = np.full((len(starts), length + 1), PADDING, dtype=np.int64)
-    for row, start in zip(rows, starts, strict=True):
-        if start == 0:
-            known = np.append([start_id], tokens[:length])
+class Stream:
+    """The items of a split, and the spans of them that windows stay inside.
+
+    Args:
+        split: tokens and where their documents start.
+        documents: ``"stream"`` ignores documents, so that there is one start id; ``"pack"`` lets
+            windows run across documents; ``"split"`` keeps each window inside one.
+        start_id: what stands before a document.
+    """
+
+    def __init__(self, split: Split, documents: str, start_id: int):
+        split = split.without_borders() if documents == "stream" else split
+        self.tokens, self.start_id = split.tokens, start_id
+        self.borders = split.starts + np.arange(len(split.starts))  # items that are the start id
+        if documents == "split":
+            self.firsts, self.sizes = self.borders, split.ends - split.starts
         else:
-            known = tokens[start - 1 : start + length]
-        row[: len(known)] = known
-    return rows
+            self.firsts = np.zeros(1, dtype=np.int64)
+            self.sizes = np.array([len(split) + len(split.starts) - 1])  # targets: items but one
+
+    @property
+    def ends(self) -> np.ndarray:
+        """One past the last item of each span."""
+        return self.firsts + self.sizes + 1
+
+    def rows(self, places: np.ndarray, length: int) -> np.ndarray:
+        """Rows ``(B, length + 1)`` of the items from ``places[:, 0]`` to at most ``[:, 1]``."""
+        rows = np.full((len(places), length + 1), PADDING, dtype=np.int64)
+        for row, (first, end) in zip(rows, places.tolist(), strict=True):
+            items = self._items(first, min(first + length + 1, end))
+            row[: len(items)] = items
+        return rows
+
+    def _items(self, first: int, end: int) -> np.ndarray:
+        before, after = np.searchsorted(self.borders, [first, end])
+        tokens = self.tokens[first - before : end - after]
+        borders = self.borders[before:after] - first - np.arange(after - before)
+        return np.insert(tokens.astype(np.int64), borders, self.start_id)
 
 
 class TrainingWindows:
     """Endless training samples: every epoch visits every window once, in a random order.
 
     Sample ``g`` belongs to epoch ``g // windows``. Each epoch lays its windows end to end from its
-    own random offset, so that the borders between them differ; fewer than ``2 * length`` tokens are
-    left out of it. Another version of numpy may draw another order (NEP 19).
+    own random offset (in each document, where they stay inside one), so that the borders between
+    them differ; fewer than ``2 * length`` tokens are left out at each offset. A document that is
+    shorter than a window is one padded window. Another version of numpy may draw another order
+    (NEP 19).
 
     Raises:
-        ValueError: if there are fewer than ``length`` tokens.
+        ValueError: if no document has ``length`` tokens.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, start_id: int, seed: int):
-        if len(tokens) < length:
+    def __init__(self, stream: Stream, length: int, seed: int):
+        longest = stream.sizes.max()
+        if longest < length:
+            what = "training split" if len(stream.sizes) == 1 else "longest training document"
             raise ValueError(
-                f"one window of data.length={length} is longer than the training split of "
-                f"{len(tokens):,} tokens; lower data.length."
+                f"one window of data.length={length} is longer than the {what} of "
+                f"{longest:,} tokens; lower data.length."
             )
-        self.tokens, self.length, self.start_id, self.seed = tokens, length, start_id, seed
-        self.windows = max(1, (len(tokens) + 1) // length - 1)  # these fit with any offset
-        self.epoch, self.starts = -1, np.empty(0, dtype=np.int64)
+        self.stream, self.length, self.seed = stream, length, seed
+        # So many fit with any offset.
+        self.counts = np.maximum(1, (stream.sizes + 1) // length - 1)
+        self.windows = int(self.counts.sum())
+        self.epoch, self.places = -1, np.empty((0, 2), dtype=np.int64)
 
-    def start(self, sample: int) -> int:
-        """Position of the sample's first token."""
+    def place(self, sample: int) -> np.ndarray:
+        """The sample's first item, and the end of the span that it lies in: ``(2,)`` int64."""
         epoch, n = divmod(sample, self.windows)
         if epoch != self.epoch:
-            self.epoch, self.starts = epoch, self._shuffled_starts(epoch)
-        return int(self.starts[n])
+            self.epoch, self.places = epoch, self._shuffled_places(epoch)
+        return self.places[n]
 
-    def _shuffled_starts(self, epoch: int) -> np.ndarray:
+    def _shuffled_places(self, epoch: int) -> np.ndarray:
         random = np.random.default_rng([self.seed, epoch])
-        slack = len(self.tokens) - self.windows * self.length
-        offset = random.integers(slack + 1)
-        return offset + self.length * random.permutation(self.windows)
+        slack = np.maximum(self.stream.sizes - self.counts * self.length, 0)
+        offsets = self.stream.firsts + random.integers(slack + 1)
+        spans, numbers = _numbered(self.counts)
+        firsts = offsets[spans] + self.length * numbers
+        places = np.stack([firsts, self.stream.ends[spans]], axis=1)
+        return places[random.permutation(self.windows)]
 
     def __getitem__(self, samples: Sequence[int]) -> np.ndarray:
-        starts = [self.start(sample) for sample in samples]
-        return read_rows(self.tokens, starts, self.length, self.start_id)
+        places = np.stack([self.place(sample) for sample in samples])
+        return self.stream.rows(places, self.length)
 
 
 class EvaluationWindows:
-    """Windows end to end over all tokens; the last one is padded, and so are those after it."""
+    """Windows end to end over all tokens of every span; beyond the last one is only padding."""
 
-    def __init__(self, tokens: np.ndarray, length: int, start_id: int):
-        self.tokens, self.length, self.start_id = tokens, length, start_id
+    def __init__(self, stream: Stream, length: int):
+        self.stream, self.length = stream, length
+        spans, numbers = _numbered(-(-stream.sizes // length))
+        firsts = stream.firsts[spans] + length * numbers
+        self.places = np.stack([firsts, stream.ends[spans]], axis=1)
+
+    def __len__(self) -> int:
+        return len(self.places)
 
     def __getitem__(self, windows: Sequence[int]) -> np.ndarray:
-        starts = [window * self.length for window in windows]
-        return read_rows(self.tokens, starts, self.length, self.start_id)
+        known = self.places[[window for window in windows if window < len(self)]]
+        padding = np.zeros((len(windows) - len(known), 2), dtype=np.int64)  # spans without items
+        return self.stream.rows(np.concatenate([known, padding]), self.length)
 
 
 def training_samples(
@@ -88,15 +137,18 @@ def training_samples(
             yield range(start, start + micro)
 
 
-def evaluation_windows(
-    tokens: int, length: int, *, rank: int, world_size: int, micro: int
-) -> list[range]:
-    """Windows of one device's forward passes over ``tokens`` tokens, at most ``micro`` in each.
+def evaluation_order(windows: int, *, rank: int, world_size: int, micro: int) -> list[range]:
+    """Windows of one device's forward passes, at most ``micro`` in each.
 
-    Windows go to the ranks in turn. All ranks get equally many, so that none waits for another; the
+    They go to the ranks in turn. All ranks get equally many, so that none waits for another; the
     excess lies past the end and is padding only.
     """
-    windows = -(-tokens // length)
     rounds = -(-windows // world_size)
     mine = range(rank, rounds * world_size, world_size)
     return [mine[first : first + micro] for first in range(0, rounds, micro)]
+
+
+def _numbered(counts: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``[2, 1] -> [0, 0, 1], [0, 1, 0]``: the span of each window, and its number in there."""
+    spans = np.repeat(np.arange(len(counts)), counts)
+    return spans, np.arange(len(spans)) - (np.cumsum(counts) - counts)[spans]

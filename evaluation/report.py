@@ -7,67 +7,94 @@ import numpy as np
 from torch import nn
 from tqdm import tqdm
 
-from evaluation.likelihood import likelihood, total
-from evaluation.measures import bits_per_byte
+from evaluation.likelihood import Likelihood, likelihood, total
+from evaluation.measures import MEASURES, word_perplexity
 
 
 def score(
     model: nn.Module,
     tokens: np.ndarray,
+    starts: np.ndarray,
+    units: np.ndarray,
     *,
     context: int,
     stride: int | None,
-    limit: int | None,
     batch_tokens: int,
-) -> dict[str, Any]:
-    """Score a split of bytes with a sliding window, showing the progress on a terminal.
+) -> tuple[Likelihood, dict[str, Any]]:
+    """Score documents with a sliding window, showing the progress on a terminal.
 
     Args:
-        model: has ``loss(inputs, targets)`` and ``vocab_size``.
-        tokens: the split, one token a byte.
+        model, tokens, starts, units: see `likelihood`.
         context: tokens that a window holds.
         stride: tokens by which it moves; None is half the context.
-        limit: score only the first tokens; None is all.
         batch_tokens: tokens of a forward pass.
 
+    Returns:
+        The sums, and how they were got: context, stride, tokens a second.
+
     Raises:
-        ValueError: if the limit is not positive, or the window is impossible.
+        ValueError: if the window is impossible.
     """
-    if limit is not None and limit < 1:
-        raise ValueError(f"limit must be at least 1 token, got {limit}; null scores all.")
     stride = max(context // 2, 1) if stride is None else stride
-    scored = tokens[:limit]
     start = time.perf_counter()
-    parts = []
-    with tqdm(total=len(scored), unit=" bytes", disable=None, leave=False) as bar:
-        for part in likelihood(
-            model, scored, context=context, stride=stride, batch_tokens=batch_tokens
-        ):
-            parts.append(part)
-            bar.update(part.tokens)
-    result = total(parts)
-    return {
-        "bits_per_byte": bits_per_byte(result.nats, result.tokens),
-        "bytes_scored": result.tokens,
-        "bytes_in_split": len(tokens),
-        "context": min(context, len(scored)),
+    parts = likelihood(
+        model, tokens, starts, units, context=context, stride=stride, batch_tokens=batch_tokens
+    )
+    sums = []
+    with tqdm(total=len(tokens), unit=" tokens", disable=None, leave=False) as bar:
+        for part in parts:
+            sums.append(part)
+            bar.update(int(part.tokens.sum()))
+    longest = int(np.diff(starts, append=len(tokens)).max())
+    settings = {
+        "context": min(context, longest),
         "stride": stride,
-        "tokens_per_second": result.tokens / (time.perf_counter() - start),
+        "tokens_per_second": len(tokens) / (time.perf_counter() - start),
     }
+    return total(sums), settings
+
+
+def results(
+    sums: Likelihood,
+    *,
+    measure: str,
+    words: int | None,
+    tokens_in_split: int,
+    documents: tuple[int, int],
+    note: str | None,
+) -> dict[str, Any]:
+    """What was measured, and on how much.
+
+    Args:
+        sums: over all scored tokens.
+        measure: a name of `MEASURES`.
+        words: words of the scored text; None where there are no word-level results.
+        tokens_in_split: tokens of the whole split.
+        documents: how many were scored, at least in part, and how many the split has.
+        note: what the report must say about the split.
+    """
+    nats, units = float(sums.nats.sum()), int(sums.units.sum())
+    found: dict[str, Any] = {measure: MEASURES[measure](nats, units)}
+    if words is not None:
+        found |= {"word_perplexity": word_perplexity(nats, words), "words_scored": words}
+    found[f"{measure.removeprefix('bits_per_')}s_scored"] = units
+    found |= {"tokens_scored": int(sums.tokens.sum()), "tokens_in_split": tokens_in_split}
+    found |= dict(zip(("documents_scored", "documents_in_split"), documents, strict=True))
+    return found if note is None else found | {"note": note}
 
 
 def table(result: dict[str, Any]) -> str:
     """The numbers of one evaluation as aligned text, one a line."""
-    rows = dict(result)
-    total_bytes = rows.pop("bytes_in_split")
-    share = "all" if rows["bytes_scored"] == total_bytes else f"the first of {total_bytes:,}"
-    shown = {
-        **rows,
-        "bits_per_byte": f"{rows['bits_per_byte']:.4f}",
-        "bytes_scored": f"{rows['bytes_scored']:,} ({share})",
-        "context": f"{rows['context']:,}",
-        "stride": f"{rows['stride']:,}",
-        "tokens_per_second": f"{rows['tokens_per_second']:,.0f}",
-    }
+    shown = {}
+    for name, value in result.items():
+        if name.endswith("_scored") and (whole := result.get(name[: -len("scored")] + "in_split")):
+            part = "all" if value == whole else f"the first of {whole:,}"
+            shown[name] = f"{value:,} ({part})"
+        elif name in MEASURES:
+            shown[name] = f"{value:.4f}"
+        elif isinstance(value, float):
+            shown[name] = f"{value:,.2f}" if name == "word_perplexity" else f"{value:,.0f}"
+        elif not name.endswith("_in_split"):
+            shown[name] = f"{value:,}" if isinstance(value, int) else str(value)
     width = max(map(len, shown))
     return "\n".join(f"{name.replace('_', ' '):{width}}  {value}" for name, value in shown.items())

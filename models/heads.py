@@ -38,18 +38,17 @@ class Head(nn.Module):
         Returns:
             The sum over the scored tokens (float64 scalar) and their number (int64 scalar).
         """
-        x, targets = x.flatten(0, 1), targets.flatten()
-        tokens = max(LOGITS_AT_ONCE // self.vocab_size, 1)
-        if len(x) <= tokens:
-            nats = self.nats(x, targets).sum(dtype=torch.float64)
-        else:
-            chunks = zip(x.split(tokens), targets.split(tokens), strict=True)
-            nats = sum(
-                checkpoint(self.nats, *chunk, use_reentrant=False).sum(dtype=torch.float64)
-                for chunk in chunks
-            )
-        return nats, (targets >= 0).sum()
+        return self.nats(x, targets).sum(dtype=torch.float64), (targets >= 0).sum()
 
     def nats(self, x: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of every target, ``(N, dim)`` and ``(N)`` -> ``(N)`` float32."""
+        """Negative log-likelihood of each of ``targets (B, L)``, float32; 0 where it is -1."""
+        flat_x, flat_targets = x.flatten(0, 1), targets.flatten()
+        tokens = max(LOGITS_AT_ONCE // self.vocab_size, 1)
+        if len(flat_x) <= tokens:
+            return self._nats(flat_x, flat_targets).view_as(targets)
+        chunks = zip(flat_x.split(tokens), flat_targets.split(tokens), strict=True)
+        parts = [checkpoint(self._nats, *chunk, use_reentrant=False) for chunk in chunks]
+        return torch.cat(parts).view_as(targets)
+
+    def _nats(self, x: Tensor, targets: Tensor) -> Tensor:
         return F.cross_entropy(self(x).float(), targets, ignore_index=-1, reduction="none")

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable, Mapping, Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.patterns import Pattern
 from models.attention import Context
-from models.embeddings import rotary_tables
+from models.embeddings import ImagePositions, rotary_tables
 from models.heads import Head
 
 
@@ -54,7 +55,12 @@ class Transformer(nn.Module):
         hidden: width of the feed-forward layer; default ``8 / 3 dim``, rounded up to 64.
         dropout: probability, on the embedding and on what each sublayer adds.
         tied_head: the output head uses the token embedding.
-        rotary_base: longest wavelength of the rotary positions over 2 pi, in tokens.
+        rotary_base: longest wavelength of the rotary positions over 2 pi, in tokens; None: no
+            rotary positions.
+        documents: ``"pack"``: each start id among the tokens begins a document, which sees none
+            of the others; ``"stream"`` or ``"split"``: all tokens of a row are of one document.
+        image_shape: rows, columns and channels of the images that the tokens are: adds a learned
+            embedding of each, so sequences must begin where an image does; None: no images.
 
     Raises:
         ValueError: if the head size is not whole and even, or ``layout`` names no attention.
@@ -72,12 +78,14 @@ class Transformer(nn.Module):
         hidden: int | None = None,
         dropout: float = 0.0,
         tied_head: bool = False,
-        rotary_base: float = 10_000.0,
+        rotary_base: float | None = 10_000.0,
+        documents: str = "stream",
+        image_shape: Sequence[int] | None = None,
     ):
         super().__init__()
         _check(dim, layers, heads, dropout, attention, layout)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
-        self.rotary_base = rotary_base
+        self.rotary_base, self.documents = rotary_base, documents
         self.layout = [layout[n % len(layout)] for n in range(layers)]
         hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else hidden
         self.embedding = nn.Embedding(vocab_size + 1, dim)
@@ -88,9 +96,13 @@ class Transformer(nn.Module):
         )
         self.head = Head(dim, vocab_size, self.embedding if tied_head else None)
         # A tied embedding is also the head, which wants logits of order one.
-        nn.init.normal_(self.embedding.weight, std=dim**-0.5 if tied_head else 1.0)
+        std = dim**-0.5 if tied_head else 1.0
+        nn.init.normal_(self.embedding.weight, std=std)
         # A stream has one start: its id is hardly ever trained, so it begins as "nothing known".
         nn.init.zeros_(self.embedding.weight[vocab_size])
+        self.image_positions = None
+        if image_shape is not None:
+            self.image_positions = ImagePositions(dim, image_shape, std)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
@@ -100,16 +112,30 @@ class Transformer(nn.Module):
         """Nats summed over ``targets (B, L)``, and how many were scored; -1 is not scored."""
         return self.head.loss(self.hidden_states(tokens), targets)
 
+    def nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each of ``targets (B, L)``, float32; 0 where it is -1."""
+        return self.head.nats(self.hidden_states(tokens), targets)
+
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
-        x = self.dropout(self.embedding(tokens))
-        rotary = rotary_tables(
-            tokens.shape[1], self.dim // self.heads, self.rotary_base, tokens.device
-        )
-        context = Context(rotary)
+        length, x = tokens.shape[1], self.embedding(tokens)
+        if self.image_positions is not None:
+            x = x + self.image_positions(length)
+        x = self.dropout(x)
+        context = Context(self._rotary_tables(length, tokens.device), self._documents(tokens))
         for block in self.blocks:
             x = block(x, context)
         return x
+
+    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+        if self.rotary_base is None:
+            return None
+        return rotary_tables(length, self.dim // self.heads, self.rotary_base, device)
+
+    def _documents(self, tokens: Tensor) -> Tensor | None:
+        if self.documents != "pack":
+            return None
+        return (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
 
     def patterns(self) -> dict[str, Pattern]:
         """The pattern of each attention, by its name, at the first layer that has it."""

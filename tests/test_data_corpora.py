@@ -42,13 +42,13 @@ def test_a_compressed_file_gives_the_same_splits_as_the_raw_one(suffix, tmp_path
         "validation": 500,
         "test": 500,
     }
-    assert all(isinstance(tokens, np.memmap) for tokens in splits.values())
-    assert b"".join(tokens.tobytes() for tokens in splits.values()) == TEXT
+    assert all(isinstance(split.tokens, np.memmap) for split in splits.values())
+    assert b"".join(split.tokens.tobytes() for split in splits.values()) == TEXT
 
 
 def test_compression_is_recognised_without_a_suffix(tmp_path):
     path = pack(tmp_path, ".xz").rename(tmp_path / "text")
-    assert prepared(path, tmp_path / "cache").open()["train"].tobytes() == TEXT[:9_000]
+    assert prepared(path, tmp_path / "cache").open()["train"].tokens.tobytes() == TEXT[:9_000]
 
 
 def test_a_raw_file_is_read_where_it_is(tmp_path):
@@ -123,7 +123,7 @@ def test_a_missing_or_empty_or_absent_file_is_one_sentence(tmp_path):
 def test_the_bundled_sample_is_the_file_that_its_readme_describes(tmp_path):
     sample = Sample(None, str(tmp_path), fractions=FRACTIONS)
     sample.prepare()
-    content = b"".join(tokens.tobytes() for tokens in sample.open().values())
+    content = b"".join(split.tokens.tobytes() for split in sample.open().values())
     readme = SAMPLE.with_name("README.md").read_text()
     assert len(content) == 4_154_399
     assert hashlib.sha256(content).hexdigest() in readme

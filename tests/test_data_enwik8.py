@@ -50,8 +50,8 @@ def test_enwik8_is_split_after_90_and_95_million_bytes(stand_in, tmp_path, monke
         5_000_000,
         5_000_000,
     ]
-    assert [tokens[-1] for tokens in splits.values()] == [1, 2, 3]
-    assert [splits[name][0] for name in ("validation", "test")] == [1, 2]
+    assert [split.tokens[-1] for split in splits.values()] == [1, 2, 3]
+    assert [splits[name].tokens[0] for name in ("validation", "test")] == [1, 2]
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
 from data.byte_file import ByteFile
+from data.corpus import stream
 from data.module import SequenceData
 
 LENGTH, BATCH_TOKENS = 16, 128
@@ -37,6 +38,7 @@ def make_data(text):
         "micro_tokens": None,
         "validation_tokens": None,
         "vocab_size": 256,
+        "documents": "stream",
         "workers": 0,
         "seed": 1,
     }
@@ -119,12 +121,12 @@ def validation_targets(data):
 
 def test_validation_scores_the_first_tokens_of_its_split(make_data):
     data = make_data(validation_tokens=500)
-    assert validation_targets(data).tolist() == data.split("validation")[:500].tolist()
+    assert validation_targets(data).tolist() == data.split("validation").tokens[:500].tolist()
 
 
 def test_validation_takes_the_whole_split_if_it_is_smaller(make_data):
     data = make_data(validation_tokens=10**9)
-    assert validation_targets(data).tolist() == data.split("validation").tolist()
+    assert validation_targets(data).tolist() == data.split("validation").tokens.tolist()
 
 
 @pytest.mark.parametrize(
@@ -132,7 +134,7 @@ def test_validation_takes_the_whole_split_if_it_is_smaller(make_data):
 )
 def test_validation_is_shorter_on_a_cpu(make_data, monkeypatch, accelerator, tokens):
     data = make_data(accelerator=accelerator(), length=1024, batch_tokens=4096)
-    monkeypatch.setattr(data, "split", lambda name: np.zeros(2_000_000, dtype=np.uint8))
+    monkeypatch.setattr(data, "split", lambda name: stream(np.zeros(2_000_000, dtype=np.uint8)))
     assert sum(len(part) for part in data.val_dataloader().sampler) * 1024 == tokens
 
 
@@ -147,7 +149,7 @@ def test_splits_are_at_hand_without_a_trainer(make_data):
     data = make_data()
     del data.trainer
     data.prepare_data()
-    assert isinstance(data.split("test"), np.memmap)
+    assert isinstance(data.split("test").tokens, np.memmap)
     assert [len(data.split(name)) for name in ("train", "validation", "test")] == [2000, 1200, 800]
     with pytest.raises(ValueError, match="one of train, validation, test, got 'tset'"):
         data.split("tset")

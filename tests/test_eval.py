@@ -27,7 +27,7 @@ def test_the_table_and_the_file_say_the_same(folder):
     assert result.returncode == 0, result.stderr
     saved = json.loads((folder / "evaluation.json").read_text())
     assert saved["bytes_scored"] == 5000
-    assert saved["bytes_in_split"] == 207_720
+    assert saved["tokens_in_split"] == 207_720
     assert (saved["context"], saved["stride"], saved["split"]) == (64, 32, "test")
     assert saved["step"] == 20
     assert 3 < saved["bits_per_byte"] < 8

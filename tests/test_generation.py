@@ -35,7 +35,34 @@ def test_an_empty_prompt_starts_from_the_start_id():
 def test_looks_back_at_most_the_context():
     model = Counter()
     assert generate(model, torch.tensor([[3] * 300]), 3, context=100).tolist()[0][-3:] == [4, 5, 6]
-    assert max(model.lengths) == 128  # 100, rounded up to the padding
+    assert max(model.lengths) == 100
+
+
+def test_lengths_are_padded_so_that_few_differ_within_the_context():
+    model = Counter()
+    generate(model, torch.tensor([[3]]), 150, context=200)
+    assert set(model.lengths) == {128, 200}
+
+
+def test_each_prompt_of_a_batch_is_continued_by_itself():
+    text = generate(Counter(), torch.tensor([[3, 4], [7, 8]]), 3, temperature=0)
+    assert text.tolist() == [[3, 4, 5, 6, 7], [7, 8, 9, 0, 1]]
+    assert generate(Counter(), torch.empty(2, 0, dtype=torch.long), 2).tolist() == [[0, 1], [0, 1]]
+
+
+def test_a_compiled_model_is_not_compiled_again_for_every_length():
+    compiled = []
+
+    def backend(graph, inputs):
+        compiled.append(graph)
+        return graph.forward
+
+    model = Counter()
+    model.compile(backend=backend)
+    generate(model, torch.tensor([[3]]), 3)
+    assert not compiled
+    model(torch.tensor([[3]]))
+    assert compiled
 
 
 def test_temperature_zero_is_greedy_and_top_p_cuts_the_tail():

@@ -148,3 +148,32 @@ def test_operations_count_the_live_keys_only():
 def test_a_shape_that_cannot_be_is_refused_with_its_values(overrides, message):
     with pytest.raises(Exception, match=message):
         build("dense", *overrides)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("border", [0, 1, 100])
+def test_a_packed_document_sees_none_of_the_one_before_it(name, border, device):
+    model = build(name, "data.documents=pack").to(device)
+    for block in model.blocks:  # zero-initialised projections would hide what they pass
+        torch.nn.init.normal_(block.attention.projections.out.weight, std=0.2)
+    torch.nn.init.normal_(model.head.weight)
+    before = tokens(device)
+    before[:, border] = model.vocab_size
+    after = before.clone()
+    after[:, :border] = (before[:, :border] + 1) % 256
+    logits, changed = model(before), model(after)
+    assert torch.equal(logits[:, border:], changed[:, border:])
+    assert border == 0 or not torch.equal(logits[:, :border], changed[:, :border])
+
+
+@torch.no_grad()
+def test_packed_rows_of_one_document_equal_a_stream(device):
+    packed, stream = build("dense", "data.documents=pack"), build("dense")
+    stream.load_state_dict(packed.state_dict())
+    for model in (packed, stream):
+        torch.manual_seed(1)
+        torch.nn.init.normal_(model.head.weight)
+        torch.nn.init.normal_(model.blocks[0].attention.projections.out.weight, std=0.2)
+    row = tokens(device)
+    torch.testing.assert_close(packed.to(device)(row), stream.to(device)(row))

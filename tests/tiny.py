@@ -12,6 +12,7 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
+from data.vocabulary import Bytes
 from training import optimizers, schedules
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
@@ -24,6 +25,8 @@ LENGTH = 8
 
 class TinyModel(nn.Module):
     """An embedding, two blocks of one matrix each with dropout, and a head."""
+
+    vocab_size = VOCAB
 
     def __init__(self, dropout: float = 0.0):
         super().__init__()
@@ -52,6 +55,10 @@ class TinyModel(nn.Module):
 
 class TinyData(L.LightningDataModule):
     """Global batches of 8 rows, pure functions of the step; ranks and micro-batches are slices."""
+
+    measure, vocabulary, validation_words = "bits_per_byte", Bytes(), None
+    image_shape = None
+    units = (1,) * VOCAB
 
     def __init__(self, accumulation: int = 1, validation_rows: int = 5):
         super().__init__()

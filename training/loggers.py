@@ -6,9 +6,11 @@ import secrets
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
+from matplotlib.image import imread
 
 
 def jsonl(output: str) -> list[Logger]:
@@ -64,6 +66,16 @@ def wandb(
     run.define_metric("trainer/global_step")  # Lightning's name for the step, our x axis
     run.define_metric("*", step_metric="trainer/global_step", step_sync=True)
     return [*jsonl(output), WandbLogger(experiment=run)]
+
+
+def log_picture(trainer: L.Trainer, name: str, path: Path) -> None:
+    """Show a PNG file under ``name`` at the current step, in the loggers that show pictures."""
+    step = trainer.global_step
+    for logger in trainer.loggers:
+        if isinstance(logger, WandbLogger):
+            logger.log_image(name, [str(path)], step=step)
+        elif isinstance(logger, TensorBoardLogger):
+            logger.experiment.add_image(name, imread(path), step, dataformats="HWC")
 
 
 class MetricsFile(Logger):

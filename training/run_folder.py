@@ -29,7 +29,9 @@ NOT_IN_ID = {
 
 # What makes the second half of a run another experiment than the first, and what of it does not.
 MUST_AGREE = ["model", "data", "optimizer", "schedule", "seed"]
-MAY_DIFFER = {"data": ["path", "cache", "workers", "micro_tokens", "validation_tokens"]}
+MAY_DIFFER = {
+    "data": ["path", "cache", "workers", "micro_tokens", "validation_tokens", "exclude_rows"]
+}
 
 _held: list[IO] = []  # the lock of the folder that this process trains in
 

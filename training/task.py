@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
-from evaluation.measures import bits_per_byte
+from evaluation.measures import MEASURES, word_perplexity
 from training.objectives import next_token
 from training.progress import Budget, count_batches_from_steps
 
@@ -19,8 +19,10 @@ MAX_SKIPPED_IN_A_ROW = 10
 class SequenceTask(L.LightningModule):
     """Learns to predict the next token. Batches are ``(B, L + 1)`` token ids.
 
-    The loss that is optimised is in nats per token; ``train/loss_nats`` and ``train/bits_per_byte``
-    are means over all tokens of an optimizer step, over accumulated micro-batches and ranks.
+    The loss that is optimised is in nats per token; ``train/loss_nats`` and the measure of the data
+    (``train/bits_per_byte`` or ``train/bits_per_dim``) are means over all scored tokens of an
+    optimizer step, over accumulated micro-batches and ranks. ``val/word_perplexity`` is there for
+    data that have word-level results.
     A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
 
     Args:
@@ -42,7 +44,7 @@ class SequenceTask(L.LightningModule):
         self._make_optimizer = optimizer
         self._schedule = schedule
         self._seed = seed
-        self._micro_batches: list[Tensor] = []  # (nats, count) of those of the current step
+        self._micro_batches: list[Tensor] = []  # sums over those of the current step
         self._skipped_steps = self._skipped_in_a_row = 0
 
     @property
@@ -59,6 +61,10 @@ class SequenceTask(L.LightningModule):
         ]
         return optimizer
 
+    def on_fit_start(self) -> None:
+        # Of targets that are not scored, 0: index vocab_size is the start id, -1 the padding.
+        self._units = torch.tensor([*self.trainer.datamodule.units, 0], device=self.device)
+
     # Training
 
     def on_train_start(self) -> None:
@@ -69,8 +75,9 @@ class SequenceTask(L.LightningModule):
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self._seed_generators()
         nats, count = next_token(self.model, batch)
-        self._micro_batches.append(_sums(nats, count))
-        return nats / count
+        self._micro_batches.append(self._sums(nats, count, batch))
+        # Not by `count`: each token weighs the same, in whatever micro-batch it is.
+        return nats / batch[:, 1:].numel()
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         factor = self._schedule(self.trainer.global_step, self.budget.progress)
@@ -121,12 +128,13 @@ class SequenceTask(L.LightningModule):
 
     def _log_step(self, step: int, norm: float, rate: float) -> None:
         sums = self.trainer.strategy.reduce(sum(self._micro_batches), reduce_op="sum")
-        nats, count = sums.tolist()
+        nats, count, units = sums.tolist()
+        measure = self.trainer.datamodule.measure
         self.log_dict(
             {
                 "step": float(step),  # Lightning takes it as the x axis
                 "train/loss_nats": nats / count,
-                "train/bits_per_byte": bits_per_byte(nats, int(count)),
+                f"train/{measure}": MEASURES[measure](nats, int(units)),
                 "train/gradient_norm": norm,
                 "train/learning_rate": rate,
                 "train/skipped_steps": float(self._skipped_steps),
@@ -136,19 +144,26 @@ class SequenceTask(L.LightningModule):
     # Validation
 
     def on_validation_epoch_start(self) -> None:
-        self._validation = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._validation += _sums(*next_token(self.model, batch))
+        self._validation += self._sums(*next_token(self.model, batch), batch)
 
     def on_validation_epoch_end(self) -> None:
-        nats, count = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
-        self.log_dict(
-            {
-                "step": float(self.trainer.global_step),
-                "val/bits_per_byte": bits_per_byte(nats, int(count)),
-            }
-        )
+        nats, _, units = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
+        data = self.trainer.datamodule
+        metrics = {
+            "step": float(self.trainer.global_step),
+            f"val/{data.measure}": MEASURES[data.measure](nats, int(units)),
+        }
+        if data.validation_words is not None:
+            metrics["val/word_perplexity"] = word_perplexity(nats, data.validation_words)
+        self.log_dict(metrics)
+
+    def _sums(self, nats: Tensor, count: Tensor, batch: Tensor) -> Tensor:
+        """Nats, scored tokens and their units in float64: a sum over many batches loses nothing."""
+        units = self._units[batch[:, 1:]].sum()
+        return torch.stack([nats.detach().double(), count.double(), units.double()])
 
     # Checkpoints
 
@@ -158,8 +173,3 @@ class SequenceTask(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._skipped_steps, self._skipped_in_a_row = checkpoint["skipped_steps"]
         count_batches_from_steps(checkpoint, self.trainer.accumulate_grad_batches)
-
-
-def _sums(nats: Tensor, count: Tensor) -> Tensor:
-    """(nats, count) as one float64 tensor: a sum over many batches loses nothing."""
-    return torch.stack([nats.detach().double(), count.double()])

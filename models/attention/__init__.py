@@ -15,7 +15,11 @@ class Context:
     """What the layers of one forward pass share.
 
     Args:
-        rotary: cosines and sines of the positions, two tensors ``(L, D / 2)``.
+        rotary: cosines and sines of the positions, two tensors ``(L, D / 2)``; None: no rotary
+            positions.
+        documents: number of each token's document ``(B, L)``, non-decreasing int32: a token sees
+            none of another document; None: all tokens are of one.
     """
 
-    rotary: tuple[Tensor, Tensor]
+    rotary: tuple[Tensor, Tensor] | None
+    documents: Tensor | None = None

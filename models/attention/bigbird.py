@@ -44,7 +44,7 @@ class BigBirdAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.projections.split(x, context)
-        out, _ = attend(q, k, v, self.pattern)
+        out, _ = attend(q, k, v, self.pattern, documents=context.documents)
         return self.projections.join(out)
 
 

@@ -4,6 +4,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from kernels.attend import attend
 from kernels.patterns import causal
 from models.attention import Context
 from models.attention.projections import Projections
@@ -27,6 +28,9 @@ class DenseAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.projections.split(x, context)
+        if context.documents is not None:  # which torch's kernels cannot do without an L x L mask
+            out, _ = attend(q, k, v, self.pattern, documents=context.documents)
+            return self.projections.join(out)
         with sdpa_kernel(BACKENDS, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.projections.join(out)

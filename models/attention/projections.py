@@ -32,9 +32,11 @@ class Projections(nn.Module):
         """``(B, L, dim)`` -> q, k, v, each ``(B, H, L, D)``, views of ``(B, L, H, D)`` memory."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
         q, k = (
-            rotate(F.rms_norm(t, t.shape[-1:], gain.to(t.dtype)), context.rotary)
+            F.rms_norm(t, t.shape[-1:], gain.to(t.dtype))
             for t, gain in ((q, self.q_gain), (k, self.k_gain))
         )
+        if context.rotary is not None:
+            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         return q, k, v
 
     def join(self, out: Tensor) -> Tensor:

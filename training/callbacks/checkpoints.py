@@ -12,9 +12,10 @@ class Checkpoints(L.Callback):
     """Writes `checkpoints/last.ckpt` and `checkpoints/best.ckpt` of a run.
 
     `last` is written every ``every_steps`` optimizer steps, after each validation, and when the
-    run is stopped; `best` when ``val/bits_per_byte`` is lower than ever before. Both hold all that
-    resuming needs and, under ``config``, the run's configuration as text. Nothing is written
-    between two micro-batches of one step, whose accumulated gradients no checkpoint holds.
+    run is stopped; `best` when the measure of the data (``val/bits_per_byte``, say) is lower than
+    ever before. Both hold all that resuming needs and, under ``config``, the run's configuration as
+    text. Nothing is written between two micro-batches of one step, whose accumulated gradients no
+    checkpoint holds.
 
     List this callback last: a checkpoint holds the state of the others after their own step.
 
@@ -45,9 +46,9 @@ class Checkpoints(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if trainer.global_step == 0:
             return  # nothing has been learned yet
-        bits_per_byte = trainer.callback_metrics["val/bits_per_byte"].item()
-        if bits_per_byte < self.lowest:
-            self.lowest = bits_per_byte
+        score = trainer.callback_metrics[f"val/{trainer.datamodule.measure}"].item()
+        if score < self.lowest:
+            self.lowest = score
             trainer.save_checkpoint(self.best)
         self._save_last(trainer)
 

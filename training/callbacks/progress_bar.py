@@ -18,7 +18,7 @@ BAR = "{percentage:5.1f} % |{bar:20}| {postfix}"
 
 
 class ProgressBar(L.Callback):
-    """Share of the run done, loss, bits per byte, tokens a second and time left.
+    """Share of the run done, loss, bits per byte or dimension, tokens a second and time left.
 
     A bar if standard error is a terminal; else one line of the logger "strider" each time that
     metrics are logged. Results of a validation are a line in both cases.
@@ -27,6 +27,9 @@ class ProgressBar(L.Callback):
     def __init__(self):
         self._open = ExitStack()  # the bar, and what sends log lines past it
         self._bar: tqdm | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._measure = trainer.datamodule.measure
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,8 +56,12 @@ class ProgressBar(L.Callback):
 
     @rank_zero_only
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        bits = trainer.callback_metrics["val/bits_per_byte"].item()
-        log.info("step %d · validation: %.4f bits per byte", trainer.global_step, bits)
+        shown = [
+            (f"val/{self._measure}", f"{{:.4f}} {self._measure.replace('_', ' ')}"),
+            ("val/word_perplexity", "word perplexity {:,.2f}"),
+        ]
+        text = _join(shown, trainer.callback_metrics)
+        log.info("step %d · validation: %s", trainer.global_step, text)
 
     def teardown(self, *_, **__) -> None:
         self._open.close()
@@ -65,14 +72,20 @@ class ProgressBar(L.Callback):
     def _describe(self, metrics: dict) -> str:
         shown = [
             ("train/loss_nats", "loss {:.4f} nats"),
-            ("train/bits_per_byte", "{:.4f} bits per byte"),
+            (f"train/{self._measure}", f"{{:.4f}} {self._measure.replace('_', ' ')}"),
             ("tokens_per_second", "{:,.0f} tokens/s"),
         ]
-        known = [text.format(metrics[key].item()) for key, text in shown if key in metrics]
-        return " · ".join([*known, f"{tqdm.format_interval(self._seconds_left())} left"])
+        left = f"{tqdm.format_interval(self._seconds_left())} left"
+        known = _join(shown, metrics)
+        return f"{known} · {left}" if known else left
 
     def _seconds_left(self) -> int:
         progress, seconds = self._start
         done = self._budget.progress - progress
         spent = self._budget.clock.seconds - seconds
         return math.ceil(spent * (1 - self._budget.progress) / done)
+
+
+def _join(shown: list[tuple[str, str]], metrics: dict) -> str:
+    """The metrics that are known, each in its format."""
+    return " · ".join(text.format(metrics[key].item()) for key, text in shown if key in metrics)

@@ -6,10 +6,10 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
-from matplotlib.image import imread
 
 from evaluation.gallery import draw_patterns
 from evaluation.generation import generate
+from training.loggers import log_picture
 
 
 class Samples(L.Callback):
@@ -23,9 +23,9 @@ class Samples(L.Callback):
         output: the run's folder.
         length: tokens of a sequence, for the picture.
         prompt: how every text begins; may be empty.
-        tokens: bytes to generate; each costs a pass over what came before it.
-        temperature: divides the logits; 0 takes the most likely byte.
-        top_p: draws from the most likely bytes that together have this probability.
+        tokens: how many to generate; each costs a pass over what came before it.
+        temperature: divides the logits; 0 takes the most likely token.
+        top_p: draws from the most likely tokens that together have this probability.
     """
 
     def __init__(
@@ -47,26 +47,24 @@ class Samples(L.Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = draw_patterns(task.model.patterns(), self.length, self.folder / "attention.png")
-        for logger in trainer.loggers:
-            if isinstance(logger, WandbLogger):
-                logger.log_image("attention", [str(path)], step=trainer.global_step)
-            elif isinstance(logger, TensorBoardLogger):
-                picture, step = imread(path), trainer.global_step
-                logger.experiment.add_image("attention", picture, step, dataformats="HWC")
+        log_picture(trainer, "attention", path)
 
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        prompt = torch.tensor([list(self.prompt.encode())], dtype=torch.long, device=task.device)
+        vocabulary = trainer.datamodule.vocabulary
+        if vocabulary is None:
+            return  # no text
+        prompt = torch.tensor(vocabulary.encode(self.prompt)[None].astype("int64"))
         with trainer.precision_plugin.forward_context():
             tokens = generate(
                 task.model,
-                prompt,
+                prompt.to(task.device),
                 self.tokens,
                 context=self.length,
                 generator=torch.Generator().manual_seed(0),
                 **self.sampling,
             )
-        text = bytes(tokens[0].tolist()).decode(errors="replace")
+        text = vocabulary.decode(tokens[0].cpu()).decode(errors="replace")
         step = trainer.global_step
         self.folder.mkdir(parents=True, exist_ok=True)
         (self.folder / f"step-{step}.txt").write_text(text)
