@@ -27,6 +27,9 @@ from tests.tiny import LENGTH, VOCAB, Recorder, tiny_task, tiny_trainer
 from training.callbacks.checkpoints import Checkpoints
 from training.callbacks.interruption import Interruption
 
+class Letters(ByteFile):
+    vocab_size, units = VOCAB, (1,) * VOCAB
+
 class Slow(L.Callback):
     def on_train_batch_start(self, trainer, task, batch, index):
         print(f"batch {index}", flush=True)
@@ -35,9 +38,9 @@ class Slow(L.Callback):
 if __name__ == "__main__":
     output, devices = sys.argv[1], int(sys.argv[2])
     data = SequenceData(
-        partial(ByteFile, fractions=[0.8, 0.1, 0.1]), name="text", path=output + "/text",
+        partial(Letters, fractions=[0.8, 0.1, 0.1]), name="text", path=output + "/text",
         cache=output, length=LENGTH, batch_tokens=8 * LENGTH, micro_tokens=2 * LENGTH,
-        validation_tokens=None, vocab_size=VOCAB, workers=2, seed=0)
+        validation_tokens=None, vocab_size=VOCAB, documents="stream", workers=2, seed=0)
     interruption = Interruption()
     trainer = tiny_trainer(
         output, Recorder(), callbacks=[Slow(), interruption, Checkpoints(output, 1000)],

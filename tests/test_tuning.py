@@ -20,6 +20,16 @@ def test_a_card_that_ships_has_every_kernel():
                 assert shipped in candidates(direction, size, getattr(torch, dtype))
 
 
+def test_another_card_tries_what_is_best_on_those_that_ship():
+    for direction, size in itertools.product(tuning.DIRECTIONS, tuning.HEAD_SIZES):
+        tried = tuning.likely(direction, size, torch.bfloat16)
+        assert tried[0] == candidates(direction, size, torch.bfloat16)[0]
+        for rows in tuning.ROWS:
+            best = tuning.shipped()["NVIDIA H200"]["bfloat16"][str(size)][rows][direction]
+            assert Config(*best) in tried
+        assert len(tried) == len(set(tried)) <= 3  # seconds, not minutes
+
+
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_what_is_forced_runs_and_nothing_that_was_prepared_before(direction, kernel_device):
     q, k, v = inputs(L=100, device=kernel_device)
