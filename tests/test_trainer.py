@@ -3,6 +3,7 @@
 import logging
 import re
 import warnings
+from functools import partial, partialmethod
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 
+from kernels.attend import attend
+from models.attention import bigbird
+from models.transformer import Transformer
 from tests.tiny import LENGTH, Recorder, TinyModel, fit, tiny_task, tiny_trainer
 from training.callbacks.compilation import compile_blocks
 from training.callbacks.progress_bar import ProgressBar
@@ -117,6 +121,27 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
 
 
 @no_gpu
+def test_every_layer_with_a_pattern_of_its_own_runs_compiled(monkeypatch, kernel_device):
+    layers, graphs = 9, []  # one more than torch recompiles by itself
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(bigbird, "attend", partial(attend, implementation="fused"))
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_in_place, backend=count))
+    attention = {"bigbird": partial(bigbird.BigBirdAttention, block=16)}
+    model = Transformer(
+        vocab_size=16, dim=32, layers=layers, heads=2, attention=attention, layout=["bigbird"]
+    ).to(kernel_device)
+    torch._dynamo.reset()
+    compile_blocks(model)
+    with torch.no_grad():
+        model(torch.randint(16, (1, 32), device=kernel_device))
+    assert len(graphs) == layers
+
+
 def test_auto_takes_the_cpu_in_full_precision_where_there_is_no_gpu(tmp_path):
     trainer = tiny_trainer(tmp_path, Recorder(), accelerator="auto")
     assert trainer.precision == "32-true"

@@ -1,7 +1,10 @@
 """torch.compile for a model's blocks."""
 
 import lightning as L
+import torch
 from torch import nn
+
+SPARE = 8  # graphs beside one a layer: other lengths, validation
 
 
 class Compilation(L.Callback):
@@ -12,6 +15,12 @@ class Compilation(L.Callback):
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """Compile every block in place: one graph serves all layers, and no parameter is renamed."""
+    """Compile every block in place: no parameter is renamed.
+
+    One graph serves all layers that are alike. Layers with patterns of their own have a graph each,
+    and torch would run those past its limit of recompilations (8) uncompiled, with a warning.
+    """
+    limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + SPARE)
+    torch._dynamo.config.recompile_limit = limit
     for block in model.blocks:
         block.compile()
