@@ -7,12 +7,14 @@ import ssl
 import time
 import urllib.error
 import urllib.request
+from functools import partial
 from http import HTTPStatus
 from pathlib import Path
 
 from tqdm import tqdm
 
 from data.files import create
+from data.unpack import unpack
 
 NETWORK_ERRORS = (
     urllib.error.URLError,
@@ -56,6 +58,34 @@ def fetch(
             check(url, part, "sha256", sha256)
 
     return create(target, write)
+
+
+def fetch_unpacked(name: str, url: str, target: Path, *, sha256: str | None) -> None:
+    """Put the one file of the zip at ``url`` at ``target``, unless it is there already.
+
+    Args:
+        name: what an error calls the file.
+        sha256: of the zip; None: the caller checks the file.
+
+    Raises:
+        FileNotFoundError: if the network or the server fails; says where the file may be put.
+        ValueError: if the zip has another SHA-256, or is damaged; it is then deleted.
+        OSError: if the disk is full.
+    """
+    archive = target.with_name(f"{name}.zip")
+    try:
+        fetch(url, archive, sha256=sha256)
+    except ConnectionError as error:
+        raise FileNotFoundError(
+            f"there is no {name} at {target}, and {error}; put the file there, or say where it is "
+            f"with data.path=FILE (raw, .gz, .xz or .zip)."
+        ) from error
+    try:
+        create(target, partial(unpack, archive))
+    except ValueError:
+        archive.unlink()  # so that the next run gets another one
+        raise
+    archive.unlink(missing_ok=True)  # the unpacked file is all that is read from now on
 
 
 def check(url: str, part: Path, algorithm: str, expected: str) -> None:

@@ -4,12 +4,9 @@ Source: Matt Mahoney, http://mattmahoney.net/dc/textdata.html. The usual split: 
 for training, then 5 million for validation and 5 million for the test.
 """
 
-from functools import partial
-
 from data.byte_file import ByteFile
-from data.download import fetch
-from data.files import create, sha256_of
-from data.unpack import unpack
+from data.download import fetch_unpacked
+from data.files import sha256_of
 
 URL = "http://mattmahoney.net/dc/enwik8.zip"
 ZIP_SHA256 = "547994d9980ebed1288380d652999f38a14fe291a6247c157c3d33d4932534bc"
@@ -39,21 +36,9 @@ class Enwik8(ByteFile):
             OSError: if it cannot be read, downloaded, or written for want of space.
         """
         if self.downloads and not self.path.exists():
-            self._download()
+            fetch_unpacked("enwik8", URL, self.path, sha256=ZIP_SHA256)
         super().prepare()
         self._verify()
-
-    def _download(self) -> None:
-        archive = self.path.with_name("enwik8.zip")
-        try:
-            fetch(URL, archive, sha256=ZIP_SHA256)
-        except ConnectionError as error:
-            raise FileNotFoundError(
-                f"there is no enwik8 at {self.path}, and {error}; put the file there, or say where "
-                f"it is with data.path=FILE (raw, .gz, .xz or .zip)."
-            ) from error
-        create(self.path, partial(unpack, archive))
-        archive.unlink(missing_ok=True)  # the unpacked file is all that is read from now on
 
     def _verify(self) -> None:
         size = self.raw.stat().st_size

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from data.corpus import SPLITS, Corpus, Split, stream
-from data.download import fetch
+from data.download import fetch_unpacked
 from data.files import create, sha256_of
-from data.unpack import unpack, unpacked
+from data.unpack import unpacked
 from data.vocabulary import Vocabulary
 
 URL = "http://mattmahoney.net/dc/text8.zip"
@@ -53,7 +53,7 @@ class Text8(Corpus):
 
     def prepare(self) -> None:
         if self.downloads and not self.path.exists():
-            self._download()
+            fetch_unpacked("text8", URL, self.path, sha256=None)
         if not self.path.is_file():
             raise FileNotFoundError(f"{self.path} is not a file; correct data.path.")
         raw = unpacked(self.path, self.cache)
@@ -63,20 +63,6 @@ class Text8(Corpus):
     def open(self) -> dict[str, Split]:
         tokens = np.memmap(self._tokens, dtype=np.uint8, mode="r")
         return dict(zip(SPLITS, map(stream, np.split(tokens, CUTS)), strict=True))
-
-    def _download(self) -> None:
-        archive = self.path.with_name("text8.zip")
-        try:
-            fetch(URL, archive, sha256=None)
-        except ConnectionError as error:
-            raise FileNotFoundError(
-                f"there is no text8 at {self.path}, and {error}; put the file there, or say where "
-                f"it is with data.path=FILE (raw, .gz, .xz or .zip)."
-            ) from error
-        try:
-            create(self.path, partial(unpack, archive))
-        finally:
-            archive.unlink()  # unpacked, or damaged
 
     def _write(self, raw: Path, target: Path) -> None:
         ids = np.full(256, 255, dtype=np.uint8)

@@ -1,10 +1,9 @@
 """enwik8: only the real file is read, from a path, the cache or a web server."""
 
 import hashlib
-import threading
 import zipfile
 from functools import partial
-from http.server import HTTPServer, SimpleHTTPRequestHandler
+from http.server import SimpleHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -12,6 +11,7 @@ import pytest
 from data import enwik8
 from data.byte_file import SAMPLE
 from data.enwik8 import Enwik8
+from tests.serving import serving
 
 
 def test_enwik8_refuses_its_own_prefix_and_names_the_way_out(tmp_path):
@@ -62,18 +62,12 @@ def mirror(stand_in, tmp_path, monkeypatch):
     archive.parent.mkdir()
     with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as file:
         file.write(path, "enwik8")
-    handler = partial(SimpleHTTPRequestHandler, directory=archive.parent)
-    server = HTTPServer(("127.0.0.1", 0), handler)
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setattr(enwik8, "URL", f"http://127.0.0.1:{server.server_port}/enwik8.zip")
-    monkeypatch.setattr(enwik8, "ZIP_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
-    monkeypatch.setattr(enwik8, "RAW_SHA256", digest)
-    yield archive
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(partial(SimpleHTTPRequestHandler, directory=archive.parent)) as server:
+        monkeypatch.setattr(enwik8, "URL", f"http://127.0.0.1:{server.server_port}/enwik8.zip")
+        monkeypatch.setattr(enwik8, "ZIP_SHA256", hashlib.sha256(archive.read_bytes()).hexdigest())
+        monkeypatch.setattr(enwik8, "RAW_SHA256", digest)
+        yield archive
 
 
 def test_enwik8_is_downloaded_once_and_then_read_from_the_cache(mirror, tmp_path, monkeypatch):

@@ -4,9 +4,8 @@ import base64
 import csv
 import hashlib
 import json
-import threading
 import urllib.parse
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 
 import datasets
 import pytest
@@ -14,6 +13,7 @@ import pytest
 from data import pg19
 from data.corpus import SPLITS
 from data.pg19 import CHECKSUMS, PG19, SAMPLE, Sample
+from tests.serving import serving
 
 SIZES = {"bytes": 256, "sentencepiece": 400}
 BOOKS = {
@@ -222,19 +222,14 @@ def digest(text):
 @pytest.fixture
 def bucket(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = HTTPServer(("127.0.0.1", 0), Bucket)
-    server.books, server.asked = BOOKS, []
-    server.served = {split: dict(books) for split, books in BOOKS.items()}
-    address = f"http://127.0.0.1:{server.server_port}"
-    monkeypatch.setattr(pg19, "FILES", address)
-    monkeypatch.setattr(pg19, "LISTING", f"{address}/list")
-    monkeypatch.setattr(pg19, "BOOKS", {split: len(books) for split, books in BOOKS.items()})
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Bucket) as server:
+        server.books, server.asked = BOOKS, []
+        server.served = {split: dict(books) for split, books in BOOKS.items()}
+        address = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(pg19, "FILES", address)
+        monkeypatch.setattr(pg19, "LISTING", f"{address}/list")
+        monkeypatch.setattr(pg19, "BOOKS", {split: len(books) for split, books in BOOKS.items()})
+        yield server
 
 
 def test_the_published_files_are_downloaded_once(bucket, tmp_path):

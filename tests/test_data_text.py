@@ -1,6 +1,9 @@
 """Text of one's own and text8: how they are cut, and what is refused."""
 
 import gzip
+import zipfile
+from functools import partial
+from http.server import SimpleHTTPRequestHandler
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ from data import text8
 from data.corpus import SPLITS
 from data.text import Text
 from data.text8 import Text8
+from tests.serving import serving
 
 FRACTIONS = [0.5, 0.25, 0.25]
 
@@ -95,3 +99,20 @@ def test_a_file_that_is_not_text8_is_refused(tmp_path, small_text8, content):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=rf"is not text8, it has {len(content):,} bytes .*=bytes"):
         Text8(str(tmp_path / "file"), str(tmp_path)).prepare()
+
+
+def test_text8_is_downloaded_and_a_damaged_archive_is_not_kept(tmp_path, small_text8, monkeypatch):
+    web = tmp_path / "web"
+    web.mkdir()
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    with serving(partial(SimpleHTTPRequestHandler, directory=web)) as server:
+        monkeypatch.setattr(text8, "URL", f"http://127.0.0.1:{server.server_port}/text8.zip")
+        (web / "text8.zip").write_text("please log in")
+        with pytest.raises(ValueError, match=r"text8\.zip is not a \.zip file"):
+            Text8(None, str(tmp_path)).prepare()
+        with zipfile.ZipFile(web / "text8.zip", "w") as archive:
+            archive.writestr("text8", b"the cat sat " * 83 + b"cats")
+        corpus = Text8(None, str(tmp_path))
+        corpus.prepare()
+    assert [len(corpus.open()[name]) for name in SPLITS] == [900, 50, 50]
+    assert [path.name for path in (tmp_path / "text8").glob("text8*")] == ["text8"]

@@ -2,14 +2,14 @@
 
 import errno
 import hashlib
-import threading
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler
 from multiprocessing import get_context
 
 import pytest
 
 from data.download import fetch
 from data.files import create
+from tests.serving import serving
 
 CONTENT = bytes(range(256)) * 1000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -40,16 +40,11 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server(monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    server = HTTPServer(("127.0.0.1", 0), Handler)
-    server.content, server.knows_ranges = CONTENT, True
-    server.statuses, server.cuts, server.ranges_asked = [], [], []
-    server.url = f"http://127.0.0.1:{server.server_port}/file"
-    thread = threading.Thread(target=server.serve_forever, args=(0.01,))
-    thread.start()
-    yield server
-    server.shutdown()
-    thread.join()
-    server.server_close()
+    with serving(Handler) as server:
+        server.content, server.knows_ranges = CONTENT, True
+        server.statuses, server.cuts, server.ranges_asked = [], [], []
+        server.url = f"http://127.0.0.1:{server.server_port}/file"
+        yield server
 
 
 def get(server, target, **options):
