@@ -11,6 +11,8 @@ from models.attention import Context
 from models.embeddings import ImagePositions, rotary_tables
 from models.heads import Head
 
+DOCUMENTS = ("stream", "pack", "split")
+
 
 class SwiGLU(nn.Module):
     """``W_out (silu(W_gate x) * W_up x)``, starting at zero (Shazeer 2020, arXiv:2002.05202)."""
@@ -63,7 +65,8 @@ class Transformer(nn.Module):
             embedding of each, so sequences must begin where an image does; None: no images.
 
     Raises:
-        ValueError: if the head size is not whole and even, or ``layout`` names no attention.
+        ValueError: if the head size is not whole and even, ``layout`` names no attention, or
+            ``documents`` is none of the three.
     """
 
     def __init__(
@@ -83,7 +86,7 @@ class Transformer(nn.Module):
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__()
-        _check(dim, layers, heads, dropout, attention, layout)
+        _check(dim, layers, heads, dropout, attention, layout, documents)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
         self.rotary_base, self.documents = rotary_base, documents
         self.layout = [layout[n % len(layout)] for n in range(layers)]
@@ -157,7 +160,7 @@ class Transformer(nn.Module):
         return 6 * (matrices + self.dim * self.vocab_size) + attention
 
 
-def _check(dim, layers, heads, dropout, attention, layout) -> None:
+def _check(dim, layers, heads, dropout, attention, layout, documents) -> None:
     if dim < 1 or layers < 1 or heads < 1 or not 0 <= dropout < 1:
         raise ValueError(
             f"a model needs dim, layers and heads of at least 1 and a dropout in [0, 1), got "
@@ -173,4 +176,9 @@ def _check(dim, layers, heads, dropout, attention, layout) -> None:
         raise ValueError(
             f"layout must name attentions of {sorted(attention)}, got {list(layout)}; "
             f"change `model.layout`."
+        )
+    if documents not in DOCUMENTS:
+        raise ValueError(
+            f"model.documents must be one of {', '.join(DOCUMENTS)}, got {documents}; leave it to "
+            f"`data.documents`."
         )

@@ -143,6 +143,7 @@ def test_operations_count_the_live_keys_only():
         (["model.layers=0"], "model.layers=0"),
         (["model.dropout=2"], "model.dropout=2"),
         (["model.layout=[sparse]"], r"\['sparse'\]"),
+        (["model.documents=packed"], "got packed"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_its_values(overrides, message):
