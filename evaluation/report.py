@@ -30,7 +30,7 @@ def score(
         batch_tokens: tokens of a forward pass.
 
     Returns:
-        The sums, and how they were got: context, stride, tokens a second.
+        The sums, and how they were got: context, stride (if a window moved), tokens a second.
 
     Raises:
         ValueError: if the window is impossible.
@@ -45,13 +45,12 @@ def score(
         for part in parts:
             sums.append(part)
             bar.update(int(part.tokens.sum()))
+    seconds = time.perf_counter() - start
     longest = int(np.diff(starts, append=len(tokens)).max())
-    settings = {
-        "context": min(context, longest),
-        "stride": stride,
-        "tokens_per_second": len(tokens) / (time.perf_counter() - start),
-    }
-    return total(sums), settings
+    settings = {"context": min(context, longest)}
+    if longest > context:  # else no window moves
+        settings["stride"] = stride
+    return total(sums), {**settings, "tokens_per_second": len(tokens) / seconds}
 
 
 def results(

@@ -185,3 +185,4 @@ def test_the_quick_start_of_images_trains_shows_and_evaluates(tmp_path):
     assert saved["dims_scored"] == saved["tokens_in_split"] == 8 * 3072
     assert saved["bits_per_dim"] == pytest.approx(bits[-1], abs=0.5)
     assert "bits per dim " in result.stdout
+    assert "stride" not in saved  # an image is one window, which does not move
