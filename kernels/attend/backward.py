@@ -181,13 +181,13 @@ def key_kernel(
         dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
         row_base = (batch * heads + head) * queries
         upcoming = tl.load(entries + first_entry)
-        next_lse2, next_shift = _row_numbers(
+        next_lse2, next_shift = _lse_and_shift(
             lse2_ptr + row_base, shift_ptr + row_base, upcoming, queries, group, q_step,
             BLOCK_I, Q_ORDER)  # fmt: skip
         for entry in tl.range(first_entry, last_entry, num_stages=STAGES):
             tile, lse2, shift = upcoming, next_lse2, next_shift
             upcoming = tl.load(entries + entry + 1)
-            next_lse2, next_shift = _row_numbers(
+            next_lse2, next_shift = _lse_and_shift(
                 lse2_ptr + row_base, shift_ptr + row_base, upcoming, queries, group, q_step,
                 BLOCK_I, Q_ORDER)  # fmt: skip
             i_slot = (tile >> 1) * BLOCK_I
@@ -236,7 +236,7 @@ def key_kernel(
 
 
 @triton.jit
-def _row_numbers(lse2_ptr, shift_ptr, entry, queries, group, q_step,
+def _lse_and_shift(lse2_ptr, shift_ptr, entry, queries, group, q_step,
                  BLOCK_I: tl.constexpr, Q_ORDER: tl.constexpr):  # fmt: skip
     """``lse2`` and ``shift`` of an entry's queries, ``(BLOCK_I)`` each.
 

@@ -151,14 +151,8 @@ def _cache_file(card: str) -> Path:
 # ------------------------------------------------------------------------------ tuning
 
 
-def tune(
-    head_size: int, dtype: torch.dtype, device: torch.device, every: bool = False
-) -> dict[str, dict[str, Config]]:
+def tune(head_size: int, dtype: torch.dtype, device: torch.device) -> dict[str, dict[str, Config]]:
     """The fastest configurations whose numbers are right: rows -> direction -> configuration.
-
-    Args:
-        every: try the whole search space, which takes minutes; otherwise what is best on the cards
-            that ship, and the safe choice, which takes seconds.
 
     Raises:
         RuntimeError: if no candidate of a direction computes the right numbers on this card.
@@ -172,8 +166,7 @@ def tune(
     for direction in DIRECTIONS:
         safe = {d: candidates(d, head_size, dtype)[0] for d in DIRECTIONS}
         times: dict[str, dict[Config, float]] = {rows: {} for rows in ROWS}
-        choices = candidates(direction, head_size, dtype)
-        for config in choices if every else likely(direction, head_size, dtype):
+        for config in likely(direction, head_size, dtype):
             with forced(**safe | found["short"] | {direction: config}):
                 if trial.is_right(head_size, dtype, device):
                     for rows in ROWS:
@@ -192,7 +185,10 @@ def tune(
 
 
 def likely(direction: str, head_size: int, dtype: torch.dtype) -> list[Config]:
-    """The safe choice of the search space, and what is best on each card that ships."""
+    """The safe choice, and what is best on the cards that ship.
+
+    Each costs seconds to compile and check; the whole search space would take a first call minutes.
+    """
     name = str(dtype).removeprefix("torch.")
     best = [
         Config(*sizes[name][str(head_size)][rows][direction])
