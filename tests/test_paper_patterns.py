@@ -17,10 +17,12 @@ from kernels.patterns import (
     per_head,
     random_blocks,
     strided,
+    summary,
     window,
 )
 from models.attention import Context
 from models.attention.pattern import PatternAttention
+from models.feed_forward import SwiGLU
 from models.transformer import Block
 
 LENGTHS = [1, 2, 17, 63, 64, 65, 127, 128, 129, 300]
@@ -41,6 +43,7 @@ def raster(length, rule):
         ("causal() & window(12)", lambda i, j: max(0, i - 11) <= j <= i),
         ("causal() & strided(12)", lambda i, j: j in range(i, -1, -12)),
         ("causal() & fixed(12, 3)", lambda i, j: j <= i and (i // 12 == j // 12 or j % 12 >= 9)),
+        ("causal() & summary(12, 3, sub_block=1)", lambda i, j: j <= i and 6 <= j % 12 < 9),
         ("dilated(4, 5)", lambda i, j: j in {i, i - 5, i - 10, i - 15}),
         ("dilated(2, 1, 5)", lambda i, j: j in {i - 10, i - 5, i, i + 5}),
         ("window(5, 5) | global_tokens(3)", lambda i, j: abs(i - j) <= 5 or min(i, j) < 3),
@@ -93,8 +96,8 @@ def test_interleaved_strided_layers_connect_everything_in_either_order():
 
 def test_interleaved_fixed_layers_connect_everything_when_the_summaries_are_read_last():
     block = union_of_heads(causal() & window(1, block=32))
-    summaries = raster(512, lambda i, j: j <= i and j % 32 >= 24)
-    assert torch.equal(block | summaries, (causal() & fixed(32, 8)).dense(512))
+    summaries = union_of_heads(causal() & summary(32, 8))
+    assert torch.equal(block | summaries, union_of_heads(causal() & fixed(32, 8)))
     assert connect_all(block, summaries)
     assert not connect_all(summaries, block)
 
@@ -163,7 +166,10 @@ def test_layers_of_windows_reach_as_far_as_their_sum():
 def test_an_output_depends_on_exactly_the_tokens_that_the_layers_reach(texts):
     length = 41
     layers = [PatternAttention(32, 4, n, pattern=text) for n, text in enumerate(texts)]
-    blocks = [Block(32, 32, attention, dropout=0.0) for attention in layers]
+    blocks = [
+        Block(attention, SwiGLU(32, 32), lambda: nn.RMSNorm(32), dropout=0.0)
+        for attention in layers
+    ]
     for parameter in nn.ModuleList(blocks).parameters():
         nn.init.normal_(parameter, std=0.3)  # projections that are zero would hide what they pass
     # One copy of the sequence for each query, whose output alone is looked at.
