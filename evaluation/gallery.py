@@ -99,8 +99,8 @@ def draw_model(name: str, length: int, path: Path) -> None:
     for (attention, pattern), numbers in alike.items():
         kinds = kinds_of_heads(visible_cells(layers[numbers[0]], length, model.heads))
         caption = cost(pattern, length, model.heads)
-        title = f"{attention}, {ranges(numbers)}"
-        panels.append(Panel(shade_kinds(kinds), caption, title, repr(pattern)))
+        text = f"{ranges(numbers)}\n{pattern!r}"
+        panels.append(Panel(shade_kinds(kinds), caption, attention, text))
         most = max(most, len(kinds))
     first = depths(layers, length, model.heads)
     caption = reach(first, all(pattern.is_causal for pattern in layers))

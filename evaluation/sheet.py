@@ -1,6 +1,7 @@
 """Sheets of square pictures, with captions and a key of their colours."""
 
 import io
+import re
 import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -32,7 +33,7 @@ class Panel:
         colours: red, green and blue of every cell, ``(L, L, 3)`` from 0 to 1.
         caption: a line above it.
         name: a title above the caption; without one it belongs to the panel on its left.
-        text: the pattern, which stands below it.
+        text: lines below it, such as the pattern.
         width: panels that the text may stretch over.
     """
 
@@ -44,9 +45,10 @@ class Panel:
 
     @property
     def lines(self) -> list[str]:
-        """The text, broken between terms."""
-        whole = self.text.replace(", ", ",\u00a0").replace("),\u00a0", "), ")
-        return textwrap.wrap(whole, int(self.width * LETTERS))
+        """The text, broken to the width, but not inside the brackets of a term."""
+        whole = re.sub(r"\([^()]*\)", lambda term: term[0].replace(" ", "\u00a0"), self.text)
+        width = int(self.width * LETTERS)
+        return [line for part in whole.splitlines() for line in textwrap.wrap(part, width)]
 
 
 def shade_kinds(kinds: Tensor) -> np.ndarray:
@@ -80,7 +82,7 @@ def key_of_depths(layers: int) -> list:
     key = ["reached after"]
     for n, colour in enumerate(_depths(layers), start=1):
         key += [[colour], f"{n}"]
-    return [*key, "layers"]
+    return [*key, "layers" if layers > 1 else "layer"]
 
 
 def draw_sheet(
@@ -167,8 +169,8 @@ class _Page:
     def save(self, path: Path) -> None:
         buffer = io.BytesIO()
         self.figure.savefig(buffer, format="png", dpi=100)
-        # Few colours in large areas: a palette makes the file a third as large.
-        Image.open(buffer).convert("RGB").quantize(128).save(path, optimize=True)
+        # Few colours in large areas: a palette halves the file.
+        Image.open(buffer).convert("RGB").quantize(256).save(path, optimize=True)
 
 
 def _depths(layers: int) -> list[tuple[float, ...]]:
