@@ -28,7 +28,7 @@ from models.transformer import Transformer
 CONF = Path(__file__).parents[1] / "conf"
 MODELS = sorted(path.stem for path in (CONF / "model").glob("*.yaml") if path.stem != "base")
 TOKENS = 1024  # the leading tokens that a picture of a run shows
-LONGEST = 8192  # tokens of a sheet: memory grows with their square
+LONGEST = 4096  # tokens of a sheet: memory grows with their square
 
 # What the papers describe, at sizes that a small picture can show.
 FAMILIES = {
@@ -50,8 +50,8 @@ FAMILIES = {
 FAMILY_TOKENS, FAMILY_HEADS, FAMILY_LAYERS = 256, 4, 4
 
 
-def draw_patterns(patterns: dict[str, Pattern], length: int, path: Path) -> None:
-    """Draw what the first head sees of the first 1,024 tokens, to a PNG file.
+def draw_patterns(patterns: dict[str, Pattern], length: int, path: Path) -> Path:
+    """Draw what the first head sees of the first 1,024 tokens, to a PNG file; returns its path.
 
     Args:
         patterns: name -> pattern, one panel each.
@@ -65,6 +65,7 @@ def draw_patterns(patterns: dict[str, Pattern], length: int, path: Path) -> None
         colours = shade_kinds(cells[None])
         panels.append(Panel(colours, cost(pattern, length, heads=1), name, repr(pattern)))
     draw_sheet(panels, path, columns=4)
+    return path
 
 
 def draw_families(path: Path) -> None:

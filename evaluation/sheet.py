@@ -30,7 +30,7 @@ class Panel:
     """A square picture.
 
     Args:
-        colours: red, green and blue of every cell, ``(L, L, 3)`` from 0 to 1.
+        colours: red, green and blue of every cell, ``(L, L, 3)`` uint8.
         caption: a line above it.
         name: a title above the caption; without one it belongs to the panel on its left.
         text: lines below it, such as the pattern.
@@ -178,4 +178,4 @@ def _depths(layers: int) -> list[tuple[float, ...]]:
 
 
 def _rgb(colours: Sequence) -> np.ndarray:
-    return np.array([to_rgb(colour) for colour in colours])
+    return np.array([[round(255 * part) for part in to_rgb(c)] for c in colours], dtype=np.uint8)

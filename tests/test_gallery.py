@@ -37,7 +37,7 @@ def test_colours_tell_which_kinds_of_heads_see_a_key():
     heads = torch.tensor([[[cell == "x" for cell in row]] for row in rows])
     colours = shade_kinds(kinds_of_heads(heads))[0]
     wanted = [INK, TINTS[0], TINTS[1], SEVERAL, PAPER]
-    assert colours.tolist() == [list(to_rgb(colour)) for colour in wanted]
+    assert colours.tolist() == [[round(255 * c) for c in to_rgb(colour)] for colour in wanted]
 
 
 def has(picture, colour: str) -> bool:
@@ -96,8 +96,8 @@ def test_the_command_draws_the_models_that_are_asked_for(tmp_path, monkeypatch, 
     ("arguments", "message"),
     [
         (["--models", "bigbrd"], "invalid choice: 'bigbrd' (choose from"),
-        (["--length", "0"], "--length must be from 1 to 8,192 tokens, got 0"),
-        (["--length", "9000"], "--length must be from 1 to 8,192 tokens, got 9000"),
+        (["--length", "0"], "--length must be from 1 to 4,096 tokens, got 0"),
+        (["--length", "5000"], "--length must be from 1 to 4,096 tokens, got 5000"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(arguments, message, monkeypatch, capsys):
