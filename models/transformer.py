@@ -107,7 +107,7 @@ class Transformer(nn.Module):
         self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
-                attention[name](dim, heads, layer),
+                _attention(name, attention[name], dim, heads, layer),
                 feed_forward(dim, hidden),
                 lambda: NORMS[norm](dim),
                 dropout,
@@ -206,6 +206,13 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         attention = sum(block.attention.flops_per_token(length) for block in self.blocks)
         return 6 * (matrices + self.dim * self.vocab_size) + 3 * attention
+
+
+def _attention(name: str, make: Callable[[int, int, int], nn.Module], *arguments) -> nn.Module:
+    try:
+        return make(*arguments)
+    except ValueError as error:  # an attention does not know by which name it is configured
+        raise ValueError(f"model.attention.{name}: {error}") from error
 
 
 def _check_sizes(dim, layers, heads, dropout, global_vectors) -> None:

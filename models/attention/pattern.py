@@ -32,7 +32,7 @@ class PatternAttention(nn.Module):
     ):
         super().__init__()
         self.projections = projections(dim, heads)
-        pattern = parse(pattern) if isinstance(pattern, str) else pattern
+        pattern = pattern if isinstance(pattern, Pattern) else parse(str(pattern))
         self.pattern = encoded(pattern.on_layer(layer))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
