@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder that predicts the next token.
+    """A decoder that predicts the next token, or an encoder that predicts masked ones.
 
     Args:
         vocab_size: number of tokens; the embedding has one more row, for the start id.
@@ -61,6 +61,9 @@ class Transformer(nn.Module):
             rotary positions.
         documents: ``"pack"``: each start id among the tokens begins a document, which sees none
             of the others; ``"stream"`` or ``"split"``: all tokens of a row are of one document.
+        masked: the model predicts masked tokens: the embedding has a row for the mask id, which is
+            ``vocab_size + 1``, and a start id among the tokens always begins a document, because
+            padding is one, and would be seen by the tokens before it.
         image_shape: rows, columns and channels of the images that the tokens are: adds a learned
             embedding of each, so sequences must begin where an image does; None: no images.
 
@@ -83,15 +86,16 @@ class Transformer(nn.Module):
         tied_head: bool = False,
         rotary_base: float | None = 10_000.0,
         documents: str = "stream",
+        masked: bool = False,
         image_shape: Sequence[int] | None = None,
     ):
         super().__init__()
         _check(dim, layers, heads, dropout, attention, layout, documents)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
-        self.rotary_base, self.documents = rotary_base, documents
+        self.rotary_base, self.documents, self.masked = rotary_base, documents, masked
         self.layout = [layout[n % len(layout)] for n in range(layers)]
         hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else hidden
-        self.embedding = nn.Embedding(vocab_size + 1, dim)
+        self.embedding = nn.Embedding(vocab_size + 1 + masked, dim)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(
             Block(dim, hidden, attention[name](dim, heads, layer), dropout)
@@ -108,7 +112,7 @@ class Transformer(nn.Module):
             self.image_positions = ImagePositions(dim, image_shape, std)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
+        """Token ids ``(B, L)`` -> logits of each next (or masked) token ``(B, L, vocab_size)``."""
         return self.head(self.hidden_states(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,9 +140,11 @@ class Transformer(nn.Module):
         return rotary_tables(length, self.dim // self.heads, self.rotary_base, device)
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        if self.documents != "pack":
+        starts = tokens == self.vocab_size
+        # Rows without padding are the rule, and attention is faster without documents.
+        if self.documents != "pack" and not (self.masked and starts.any()):
             return None
-        return (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
+        return starts.cumsum(dim=1, dtype=torch.int32)
 
     def patterns(self) -> dict[str, Pattern]:
         """The pattern of each attention, by its name, at the first layer that has it."""
