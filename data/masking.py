@@ -68,8 +68,8 @@ class Masking:
         targets[chosen] = items[chosen]
         fate = draw.random(count)
         inputs[chosen[fate < self._changed]] = vocab_size + 1
-        random = chosen[(fate >= self.masked) & (fate < self._changed)]
-        inputs[random] = draw.integers(vocab_size, size=len(random))
+        replaced = chosen[(fate >= self.masked) & (fate < self._changed)]
+        inputs[replaced] = draw.integers(vocab_size, size=len(replaced))
         return np.stack([inputs, targets])
 
 

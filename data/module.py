@@ -148,7 +148,7 @@ class SequenceData(L.LightningDataModule):
 
     @property
     def measure(self) -> str:
-        """In which unit results are reported: ``bits_per_byte``, ``bits_per_masked_dim``..."""
+        """In which unit results are reported, such as ``bits_per_byte``."""
         if self.masking is None:
             return self.corpus.measure
         return self.corpus.measure.replace("bits_per_", "bits_per_masked_")
