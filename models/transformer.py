@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -60,6 +61,9 @@ class Transformer(nn.Module):
             rotary positions.
         documents: ``"pack"``: each start id among the tokens begins a document, which sees none
             of the others; ``"stream"`` or ``"split"``: all tokens of a row are of one document.
+        masked: the model predicts masked tokens: the embedding has a row for the mask id, which is
+            ``vocab_size + 1``, and a start id among the tokens always begins a document, because
+            padding is one, and would be seen by the tokens before it.
         image_shape: rows, columns and channels of the images that the tokens are: adds a learned
             embedding of each, so sequences must begin where an image does; None: no images.
         matrix_shape: rows and columns: adds a learned embedding of each, as if the text were
@@ -91,6 +95,7 @@ class Transformer(nn.Module):
         tied_head: bool = False,
         rotary_base: float | None = 10_000.0,
         documents: str = "stream",
+        masked: bool = False,
         image_shape: Sequence[int] | None = None,
         matrix_shape: Sequence[int] | None = None,
         global_vectors: int = 0,
@@ -101,9 +106,10 @@ class Transformer(nn.Module):
         _check_sizes(dim, layers, heads, dropout, global_vectors)
         _check_names(attention, layout, documents, norm)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
-        self.rotary_base, self.documents, self.recompute = rotary_base, documents, recompute
+        self.rotary_base, self.documents, self.masked = rotary_base, documents, masked
+        self.recompute = recompute
         self.layout = [layout[n % len(layout)] for n in range(layers)]
-        self.embedding = nn.Embedding(vocab_size + 1, dim)
+        self.embedding = nn.Embedding(vocab_size + 1 + masked, dim)
         self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
@@ -130,7 +136,7 @@ class Transformer(nn.Module):
             initialise(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
+        """Token ids ``(B, L)`` -> logits of each next (or masked) token ``(B, L, vocab_size)``."""
         return self.head(self.hidden_states(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -166,9 +172,13 @@ class Transformer(nn.Module):
         return rotary_tables(length, self.dim // self.heads, self.rotary_base, device)
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        if self.documents != "pack":
+        starts = tokens == self.vocab_size
+        # Rows without padding are the rule, and attention is faster without documents.
+        if self.documents != "pack" and not (self.masked and starts.any()):
             return None
-        return (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
+        documents = starts.cumsum(dim=1, dtype=torch.int32)
+        extra = 0 if self.global_vectors is None else len(self.global_vectors)
+        return F.pad(documents, (extra, 0))  # of the first document: the others are padding
 
     def set_windows(self, windows: Sequence[int]) -> None:
         """Give each layer a window of its own, as Longformer's staged training does.
