@@ -16,11 +16,13 @@ from data.vocabulary import Bytes
 from training import optimizers, schedules
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
+from training.phases import Phase
 from training.task import SequenceTask
 from training.trainer import make_trainer
 
 VOCAB = 16
 LENGTH = 8
+WHOLE_RUN = Phase("data", 0, None, LENGTH, 8 * LENGTH, None, None, 1.0, None)
 
 
 class TinyModel(nn.Module):
@@ -62,8 +64,11 @@ class TinyData(L.LightningDataModule):
 
     def __init__(self, accumulation: int = 1, validation_rows: int = 5):
         super().__init__()
-        self.accumulation = accumulation
+        self.passes = accumulation
         self.validation_rows = validation_rows
+
+    def accumulation(self, world_size):
+        return self.passes
 
     def train_dataloader(self):
         return self._micro_batches()
@@ -72,7 +77,7 @@ class TinyData(L.LightningDataModule):
         step = self.trainer.global_step
         while True:
             share = rows(8, seed=step).chunk(self.trainer.world_size)[self.trainer.global_rank]
-            yield from share.chunk(self.accumulation)
+            yield from share.chunk(self.passes)
             step += 1
 
     def val_dataloader(self):
@@ -119,6 +124,7 @@ def tiny_trainer(output, recorder: Recorder, *, callbacks=(), **settings) -> L.T
         "log_every": 1,
         "gradient_clip": 1.0,
         "compile": False,
+        "phases": [WHOLE_RUN],
     }
     return make_trainer(
         output=output, loggers=[recorder], callbacks=callbacks, **(defaults | settings)
@@ -139,9 +145,7 @@ def fit(output, task=None, data=None, resume=None, **settings) -> tuple[L.Traine
     """Train, and return the trainer and what it logged."""
     recorder = Recorder()
     trainer = tiny_trainer(output, recorder, **settings)
-    data = data or TinyData()
-    trainer.accumulate_grad_batches = data.accumulation
-    trainer.fit(task or tiny_task(), datamodule=data, ckpt_path=resume)
+    trainer.fit(task or tiny_task(), datamodule=data or TinyData(), ckpt_path=resume)
     return trainer, recorder
 
 
