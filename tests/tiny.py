@@ -59,7 +59,7 @@ class TinyData(L.LightningDataModule):
     """Global batches of 8 rows, pure functions of the step; ranks and micro-batches are slices."""
 
     measure, vocabulary, validation_words = "bits_per_byte", Bytes(), None
-    image_shape = None
+    image_shape, length = None, LENGTH
     units = (1,) * VOCAB
 
     def __init__(self, accumulation: int = 1, validation_rows: int = 5):

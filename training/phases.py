@@ -192,7 +192,7 @@ class Phases(L.Callback):
     ) -> None:
         checkpoint["phase"] = {"length": self.current.length, "windows": self.current.windows}
 
-    def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self._announce()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
