@@ -155,7 +155,7 @@ class Phases(L.Callback):
 
     def __init__(self, phases: Sequence[Phase]):
         self.phases = list(phases)
-        self.number = 0
+        self.index = 0
 
     @staticmethod
     def of(trainer: L.Trainer) -> "Phases":
@@ -164,7 +164,7 @@ class Phases(L.Callback):
 
     @property
     def current(self) -> Phase:
-        return self.phases[self.number]
+        return self.phases[self.index]
 
     def done_at(self, step: int) -> bool:
         """Whether ``step`` optimizer steps complete the current phase."""
@@ -196,16 +196,16 @@ class Phases(L.Callback):
         self._announce()
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        last = self.number == len(self.phases) - 1
+        last = self.index == len(self.phases) - 1
         if not last and not trainer.should_stop and self.done_at(trainer.global_step):
-            self._enter(self.number + 1, trainer)
+            self._enter(self.index + 1, trainer)
             recount_batches(trainer)
             self._announce()
 
-    def _enter(self, number: int, trainer: L.Trainer) -> None:
-        self.number = number
+    def _enter(self, index: int, trainer: L.Trainer) -> None:
+        self.index = index
         data = trainer.datamodule
-        data.phase = number
+        data.phase = index
         trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
         # Lightning keeps the loader of the validation, whose windows are of another length.
         trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
@@ -220,7 +220,7 @@ class Phases(L.Callback):
         log.info(
             "phase %d of %d: %s steps after step %s, windows of %s tokens, %s tokens a step, "
             "learning rate %g%s",
-            self.number + 1,
+            self.index + 1,
             len(self.phases),
             f"{phase.steps:,}",
             f"{phase.first_step:,}",

@@ -142,7 +142,7 @@ class SequenceTask(L.LightningModule):
         }
         phases = Phases.of(self.trainer)
         if len(phases.phases) > 1:
-            metrics["phase"] = float(phases.number + 1)
+            metrics["phase"] = float(phases.index + 1)
         self.log_dict(metrics)
 
     # Validation

@@ -37,7 +37,7 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Tensor, batch_idx
     ) -> None:
         rows, columns = batch.shape
-        if self._phase != (phase := Phases.of(trainer).number):
+        if self._phase != (phase := Phases.of(trainer).index):
             self._phase = phase
             self._flops_per_token = pl_module.model.flops_per_token(columns - 1)
         tokens = rows * (columns - 1) * trainer.world_size
