@@ -206,6 +206,7 @@ def test_the_phases_say_how_long_the_run_is(limit):
     [
         ("[]", [], r"phases must be null or a list .*, got \[\]"),
         ("{steps: 3}", [], "phases must be null or a list"),
+        ("5", [], "phases must be null or a list .*, got 5"),
         ("[3]", [], r"phases\[0\] must be a mapping .*, got 3"),
         ("[{length: 64}]", [], r"phases\[0\] does not say how long it is"),
         ("[{steps: 3}, {steps: 2, size: 64}]", [], r"phases\[1\] has no key `size`; its keys are"),

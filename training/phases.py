@@ -7,7 +7,7 @@ from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
 from training.progress import Budget, count_batches_from_steps, recount_batches
@@ -66,11 +66,12 @@ def read_phases(config: DictConfig) -> list[Phase]:
             trainer.max_steps = DEFAULT_STEPS
         sizes = data.length, data.batch_tokens, data.micro_tokens
         return [Phase("data", 0, None, *sizes, lr=None, lr_factor=1.0, windows=None)]
-    given = OmegaConf.to_container(config.phases, resolve=True)
-    if not given or not isinstance(given, list):
+    if not isinstance(config.phases, ListConfig) or not config.phases:
         raise ValueError(
-            f"phases must be null or a list such as [{{steps: 1000, length: 2048}}], got {given}."
+            "phases must be null or a list such as [{steps: 1000, length: 2048}], got "
+            f"{config.phases}."
         )
+    given = OmegaConf.to_container(config.phases, resolve=True)
     base = config.optimizer.lr
     _require_positive("optimizer", "lr", base)
     defaults = {key: data[key] for key in ("length", "batch_tokens", "micro_tokens")}
