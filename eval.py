@@ -76,12 +76,15 @@ def evaluate(config: DictConfig) -> None:
         require_next_token(config)
     model = rebuild(checkpoint["config"], "model")
     model.load_state_dict(model_weights(checkpoint))
+    phase = checkpoint.get("phase", {"length": data.length, "windows": None})
+    if phase["windows"] is not None:
+        model.set_windows(phase["windows"])
     model.eval().to(device_of(config))
 
     data.prepare_data()
     split = data.split(config.split)
     scored = split.first(config.limit)
-    context = data.length if config.context is None else config.context
+    context = phase["length"] if config.context is None else config.context
     if data.image_shape is not None and context < data.length:
         raise ValueError(
             f"an image of {data.name} is scored whole, so context must be {data.length} or null, "

@@ -12,6 +12,7 @@ from training import run_folder
 from training.callbacks.interruption import Interruption
 from training.console import show_log
 from training.errors import UserErrors
+from training.phases import check_windows, read_phases
 from training.typecheck import check_types
 
 log = logging.getLogger("strider")
@@ -25,15 +26,21 @@ def main(config: DictConfig) -> float:
     """
     show_log()
     with UserErrors() as errors:
+        phases = read_phases(config)
         check_types(config)
         checkpoint = run_folder.choose_checkpoint(config)
         L.seed_everything(config.seed, verbose=False)
-        data, task = instantiate(config.data), instantiate(config.task)
+        data = instantiate(config.data, phases=[phase.batching for phase in phases])
+        task = instantiate(config.task)
+        check_windows(phases, task.model)
         callbacks = dict(instantiate(config.callbacks))
         trainer = instantiate(config.trainer)(
-            output=config.paths.output, callbacks=[*callbacks.values(), errors], loggers=[]
+            output=config.paths.output,
+            callbacks=[*callbacks.values(), errors],
+            loggers=[],
+            phases=phases,
         )
-        trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
+        data.accumulation(trainer.world_size)  # refuses what the devices cannot share
         data.prepare_data()
         # Only now, when all that was asked for is found possible, is anything written.
         run_folder.open_folder(config, checkpoint)

@@ -1,8 +1,10 @@
 """Lightning data module: every step's rows, whatever the number of devices and workers."""
 
+import itertools
 import math
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +16,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from torch.utils.data import DataLoader
 
+from data.batching import Batching, require_multiple
 from data.corpus import Corpus, Split
 from data.masking import EVALUATION, TRAINING, MaskedWindows, Masking
 from data.vocabulary import Vocabulary
@@ -38,7 +41,8 @@ class SequenceData(L.LightningDataModule):
 
     A training step sees the same ``batch_tokens`` tokens for any number of devices, workers and
     micro-batches, and training starts at the trainer's ``global_step``, so a resumed run continues
-    with the tokens that come next.
+    with the tokens that come next. A run may have phases, which differ in the numbers of tokens:
+    ``length`` and the others are those of the current one, ``phase``, which the trainer moves on.
 
     Args:
         corpus: called with ``path`` and ``cache`` (``tokenizer`` and ``vocab_size`` if there is a
@@ -61,6 +65,8 @@ class SequenceData(L.LightningDataModule):
         exclude_rows: for a corpus with such a choice, a CSV file of rows to leave out of the test.
         image_shape: rows, columns and channels, for a corpus of images.
         masking: which tokens are masked, for models that predict them; None: none.
+        phases: the arguments of `Batching` for each phase of the run; empty: there is one, with the
+            numbers above.
 
     Raises:
         ValueError: if the numbers of tokens do not divide as they must, or a name is unknown.
@@ -85,14 +91,14 @@ class SequenceData(L.LightningDataModule):
         exclude_rows: str | None = None,
         image_shape: Sequence[int] | None = None,
         masking: Masking | None = None,
+        phases: Sequence[tuple[str, int, int, int, int | None]] = (),
     ):
         super().__init__()
-        _require_multiple("data.length", length, "", 1)
-        _require_multiple("data.batch_tokens", batch_tokens, "data.length", length)
-        if micro_tokens is not None:
-            _require_multiple("data.micro_tokens", micro_tokens, "data.length", length)
+        whole_run = Batching("data", 0, length, batch_tokens, micro_tokens)
+        self.phases = [Batching(*phase) for phase in phases] or [whole_run]
+        self.phase = 0
         if validation_tokens is not None:
-            _require_multiple("data.validation_tokens", validation_tokens, "", 1)
+            require_multiple("data.validation_tokens", validation_tokens, "", 1)
         if documents not in DOCUMENTS:
             raise ValueError(
                 f"data.documents must be one of {', '.join(DOCUMENTS)}, got {documents}."
@@ -101,34 +107,33 @@ class SequenceData(L.LightningDataModule):
         if exclude_rows is not None:
             choice["exclude_rows"] = exclude_rows
         self.corpus = corpus(path=path, cache=cache, **choice)
-        _check_images(name, self.corpus.image_shape, image_shape, length, documents)
+        for phase in self.phases:
+            _check_images(name, self.corpus.image_shape, image_shape, phase, documents)
         self.image_shape = self.corpus.image_shape
         self.documents = documents
-        self.name, self.length, self.vocab_size = name, length, vocab_size
-        self.batch_tokens, self.micro_tokens = batch_tokens, micro_tokens
+        self.name, self.vocab_size = name, vocab_size
         self.validation_tokens = validation_tokens
         self.workers, self.seed = workers, seed
         self.masking = masking
         self._prepared = False
 
     @property
+    def length(self) -> int:
+        """Tokens in a window, of training and of validation."""
+        return self.phases[self.phase].length
+
+    @property
     def tokens_per_step(self) -> int:
         """Tokens in an optimizer step, over all devices."""
-        return self.batch_tokens
+        return self.phases[self.phase].batch_tokens
 
     def accumulation(self, world_size: int) -> int:
         """Forward passes of each of ``world_size`` devices in an optimizer step.
 
         Raises:
-            ValueError: if the batch cannot be shared equally.
+            ValueError: if the batch of any phase cannot be shared equally.
         """
-        if self.micro_tokens is None:
-            unit, size = "devices x data.length", world_size * self.length
-            _require_multiple("data.batch_tokens", self.batch_tokens, unit, size)
-            return 1
-        unit, size = "devices x data.micro_tokens", world_size * self.micro_tokens
-        _require_multiple("data.batch_tokens", self.batch_tokens, unit, size)
-        return self.batch_tokens // size
+        return [phase.accumulation(world_size) for phase in self.phases][self.phase]
 
     def prepare_data(self) -> None:
         """Download, unpack and check the corpus, once; several processes may do so side by side.
@@ -195,14 +200,14 @@ class SequenceData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """This device's micro-batches from the current optimizer step on, without end."""
-        batch = self.batch_tokens // self.length
-        order = _TrainingOrder(self.trainer, batch=batch, **self._device_share)
-        return self._loader(self._training_windows(), order, workers=self.workers)
+        order = _TrainingOrder(self.trainer, self.phases)
+        return self._loader(_Phased(self._training_windows()), order, workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
         """This device's part of the validation tokens; all devices have equally many batches."""
         windows = self.evaluation_windows(self._validation, self.length)
-        order = evaluation_order(len(windows), **self._device_share)
+        share = self.phases[self.phase].share(self.trainer.global_rank, self.trainer.world_size)
+        order = evaluation_order(len(windows), **share)
         # Reading a batch takes microseconds, starting workers for every validation far longer.
         return self._loader(windows, order, workers=0)
 
@@ -212,10 +217,10 @@ class SequenceData(L.LightningDataModule):
         Raises:
             ValueError: if ``length`` is not positive.
         """
-        _require_multiple("context", length, "", 1)
+        require_multiple("context", length, "", 1)
         return self._masked(EvaluationWindows(self._stream(split), length), EVALUATION)
 
-    def _loader(self, windows: Any, order: Iterable[range], *, workers: int) -> DataLoader:
+    def _loader(self, windows: Any, order: Iterable[Any], *, workers: int) -> DataLoader:
         return DataLoader(
             windows,
             batch_size=None,  # `windows` makes whole batches
@@ -231,9 +236,16 @@ class SequenceData(L.LightningDataModule):
         default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
         return self.split("validation").first(self.validation_tokens or default)
 
-    def _training_windows(self) -> TrainingWindows | MaskedWindows:
-        windows = TrainingWindows(self._stream(self.split("train")), self.length, self.seed)
-        return self._masked(windows, (self.seed, TRAINING))
+    def _training_windows(self) -> list[TrainingWindows | MaskedWindows]:
+        """Windows of each phase."""
+        stream = self._stream(self.split("train"))
+        return [
+            self._masked(
+                TrainingWindows(stream, phase.length, self.seed, phase=n, key=phase.key),
+                (self.seed, TRAINING, n),
+            )
+            for n, phase in enumerate(self.phases)
+        ]
 
     def _masked(
         self, windows: TrainingWindows | EvaluationWindows, seed: Sequence[int]
@@ -257,26 +269,38 @@ class SequenceData(L.LightningDataModule):
         return self.corpus.open()
 
     @property
-    def _device_share(self) -> dict[str, int]:
-        """Which device this is, and how many rows fit its forward pass."""
-        world_size = self.trainer.world_size
-        passes = world_size * self.accumulation(world_size)
-        micro = self.batch_tokens // self.length // passes
-        return {"rank": self.trainer.global_rank, "world_size": world_size, "micro": micro}
-
-    @property
     def _on_cpu(self) -> bool:
         return isinstance(self.trainer.accelerator, CPUAccelerator)
 
 
 class _TrainingOrder:
-    """Samples from the optimizer step that the trainer is at when iteration begins."""
+    """Phase and samples, from the optimizer step that the trainer is at when iteration begins."""
 
-    def __init__(self, trainer: L.Trainer, **share: int):
-        self.trainer, self.share = trainer, share
+    def __init__(self, trainer: L.Trainer, phases: Sequence[Batching]):
+        self.trainer, self.phases = trainer, phases
 
-    def __iter__(self) -> Iterator[range]:
-        return training_samples(self.trainer.global_step, **self.share)
+    def __iter__(self) -> Iterator[tuple[int, range]]:
+        now = self.trainer.global_step
+        firsts = [phase.first_step for phase in self.phases]
+        for n, (first, end) in enumerate(itertools.pairwise([*firsts, sys.maxsize])):
+            phase = self.phases[n]
+            samples = training_samples(
+                range(max(now, first) - first, end - first),
+                batch=phase.batch_tokens // phase.length,
+                **phase.share(self.trainer.global_rank, self.trainer.world_size),
+            )
+            yield from ((n, part) for part in samples)
+
+
+class _Phased:
+    """The training windows of all phases, by phase and samples."""
+
+    def __init__(self, phases: Sequence[TrainingWindows]):
+        self.phases = phases
+
+    def __getitem__(self, place: tuple[int, range]) -> np.ndarray:
+        phase, samples = place
+        return self.phases[phase][samples]
 
 
 def _leave_process_group(worker: int) -> None:
@@ -288,25 +312,16 @@ def _check_images(
     name: str,
     shape: tuple[int, int, int] | None,
     configured: Sequence[int] | None,
-    length: int,
+    phase: Batching,
     documents: str,
 ) -> None:
     """Refuse windows that are not whole images, for a corpus of images."""
     if (configured and tuple(configured)) != shape:
         wanted = "null" if shape is None else list(shape)
         raise ValueError(f"{name} needs data.image_shape={wanted}, got {configured}.")
-    if shape is not None and (length, documents) != (math.prod(shape), "split"):
+    if shape is not None and (phase.length, documents) != (math.prod(shape), "split"):
         raise ValueError(
-            f"a window of {name} is a whole image, so it needs data.length={math.prod(shape)} and "
-            f"data.documents=split, got {length} and {documents}."
-        )
-
-
-def _require_multiple(key: str, value: int, unit: str, size: int) -> None:
-    """Refuse ``value`` unless it is a positive multiple of ``size``, which is called ``unit``."""
-    if value < 1 or value % size:
-        multiple = f"a multiple of {unit} = {size}" if unit else "at least 1"
-        raise ValueError(
-            f"{key} must be {multiple}, got {key}={value}; "
-            f"set {key}={max(1, round(value / size)) * size} for example."
+            f"a window of {name} is a whole image, so it needs "
+            f"{phase.key}.length={math.prod(shape)} and data.documents=split, got {phase.length} "
+            f"and {documents}."
         )

@@ -6,7 +6,6 @@ document ``d`` is item ``t + d + 1``. A row is ``length + 1`` neighbouring items
 ``row[1:]``. A target that is the start id or padding is not scored. ``B`` counts rows.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -64,21 +63,29 @@ class TrainingWindows:
     own random offset (in each document, where they stay inside one), so that the borders between
     them differ; fewer than ``2 * length`` tokens are left out at each offset. A document that is
     shorter than a window is one padded window. Another version of numpy may draw another order
-    (NEP 19).
+    (NEP 19). Each phase of a run counts its samples from 0, and has an order of its own.
+
+    Args:
+        stream: what the windows are cut from.
+        length: tokens in a window.
+        seed, phase: of the order.
+        key: where the length stands in the configuration, for messages.
 
     Raises:
         ValueError: if no document has ``length`` tokens.
     """
 
-    def __init__(self, stream: Stream, length: int, seed: int):
+    def __init__(
+        self, stream: Stream, length: int, seed: int, *, phase: int = 0, key: str = "data"
+    ):
         longest = stream.sizes.max()
         if longest < length:
             what = "training split" if len(stream.sizes) == 1 else "longest training document"
             raise ValueError(
-                f"one window of data.length={length} is longer than the {what} of "
-                f"{longest:,} tokens; lower data.length."
+                f"one window of {key}.length={length} is longer than the {what} of "
+                f"{longest:,} tokens; lower {key}.length."
             )
-        self.stream, self.length, self.seed = stream, length, seed
+        self.stream, self.length, self.seed, self.phase = stream, length, seed, phase
         # So many fit with any offset.
         self.counts = np.maximum(1, (stream.sizes + 1) // length - 1)
         self.windows = int(self.counts.sum())
@@ -92,7 +99,8 @@ class TrainingWindows:
         return self.places[n]
 
     def _shuffled_places(self, epoch: int) -> np.ndarray:
-        random = np.random.default_rng([self.seed, epoch])
+        # As numpy seeds, a 0 at the end changes nothing: it is the order of a run without phases.
+        random = np.random.default_rng([self.seed, epoch, self.phase])
         slack = np.maximum(self.stream.sizes - self.counts * self.length, 0)
         offsets = self.stream.firsts + random.integers(slack + 1)
         spans, numbers = _numbered(self.counts)
@@ -124,14 +132,14 @@ class EvaluationWindows:
 
 
 def training_samples(
-    first_step: int, *, batch: int, rank: int, world_size: int, micro: int
+    steps: range, *, batch: int, rank: int, world_size: int, micro: int
 ) -> Iterator[range]:
-    """Samples of one device's forward passes, for ever: ``micro`` of them in each.
+    """Samples of one device's forward passes in these steps: ``micro`` of them in each.
 
     Step ``s`` takes the ``batch`` samples from ``s * batch`` on; each rank has an equal slice.
     """
     share = batch // world_size
-    for step in itertools.count(first_step):
+    for step in steps:
         first = step * batch + rank * share
         for start in range(first, first + share, micro):
             yield range(start, start + micro)

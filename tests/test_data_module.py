@@ -85,6 +85,70 @@ def test_a_start_at_a_later_step_equals_skipping_to_it(make_data, workers):
     assert torch.equal(steps(resumed, 8), steps(make_data(), 25)[17:])
 
 
+PHASES = [  # first step, length, batch_tokens, micro_tokens
+    ("phases[0]", 0, LENGTH, BATCH_TOKENS, None),
+    ("phases[1]", 3, 2 * LENGTH, 2 * BATCH_TOKENS, 4 * LENGTH),
+    ("phases[2]", 5, 4 * LENGTH, 4 * BATCH_TOKENS, 4 * LENGTH),
+]
+
+
+def phased_steps(data, count):
+    """The rows of this device in each step from the one that the trainer is at."""
+    batches, found = iter(data.train_dataloader()), []
+    for step in range(data.trainer.global_step, count):
+        data.phase = sum(first <= step for _, first, *_ in PHASES) - 1
+        passes = data.accumulation(data.trainer.world_size)
+        found.append(torch.cat(list(islice(batches, passes))))
+    return found
+
+
+@pytest.fixture
+def phased(make_data):
+    return phased_steps(make_data(phases=PHASES), 8)
+
+
+def test_each_phase_has_its_length_and_batch(phased):
+    shapes = [(8, LENGTH + 1)] * 3 + [(8, 2 * LENGTH + 1)] * 2 + [(8, 4 * LENGTH + 1)] * 3
+    assert [tuple(rows.shape) for rows in phased] == shapes
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("step", range(7))
+def test_a_run_in_phases_begins_anywhere_on_any_number_of_devices(
+    make_data, phased, world_size, step
+):
+    shares = [
+        phased_steps(make_data(step=step, rank=rank, world_size=world_size, phases=PHASES), 8)
+        for rank in range(world_size)
+    ]
+    for rows, expected in zip(zip(*shares, strict=True), phased[step:], strict=True):
+        assert torch.equal(torch.cat(rows), expected)
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_workers_read_ahead_across_the_end_of_a_phase(make_data, phased, step):
+    rows = phased_steps(make_data(step=step, workers=2, phases=PHASES), 8)
+    for actual, expected in zip(rows, phased[step:], strict=True):
+        assert torch.equal(actual, expected)
+
+
+def test_the_first_phase_is_the_beginning_of_a_run_without_phases(make_data, phased):
+    assert torch.equal(torch.stack(phased[:3]), steps(make_data(), 3))
+
+
+def test_a_phase_has_an_order_of_its_own(make_data):
+    twice = [("phases[0]", 0, 16, 128, None), ("phases[1]", 4, 16, 128, None)]
+    rows = steps(make_data(phases=twice), 8)
+    assert not torch.equal(rows[:4], rows[4:])
+
+
+def test_validation_is_cut_to_the_length_of_the_phase(make_data):
+    data = make_data(phases=PHASES)
+    data.phase = 2
+    assert {batch.shape[1] for batch in data.val_dataloader()} == {4 * LENGTH + 1}
+    assert data.length == 4 * LENGTH
+
+
 def test_a_batch_is_int64_rows_of_one_pass(make_data):
     data = make_data(world_size=2, micro_tokens=2 * LENGTH)
     batch = next(iter(data.train_dataloader()))
@@ -166,6 +230,15 @@ def test_splits_are_at_hand_without_a_trainer(make_data):
         ({"micro_tokens": 48}, r"devices x data\.micro_tokens = 48, got data\.batch_tokens=128"),
         ({"world_size": 3}, r"devices x data\.length = 48, got data\.batch_tokens=128"),
         ({"length": 2048, "batch_tokens": 2048}, r"data\.length=2048 is longer than .* 2,000"),
+        (
+            {"phases": [("phases[1]", 0, 24, 128, None)]},
+            r"phases\[1\]\.length = 24, got phases\[1\]",
+        ),
+        ({"phases": [("phases[1]", 0, 2048, 2048, None)]}, r"phases\[1\]\.length=2048 is longer"),
+        (
+            {"phases": [*PHASES, ("phases[3]", 9, 16, 48, None)], "world_size": 2},
+            r"devices x phases\[3\]\.length = 32, got phases\[3\]\.batch_tokens=48",
+        ),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_before_training(make_data, changes, message):

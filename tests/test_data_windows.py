@@ -1,7 +1,5 @@
 """Windows: which tokens a sample holds, as functions of numbers alone."""
 
-from itertools import islice
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,9 +92,9 @@ def test_ranks_and_passes_share_each_step_without_overlap(world_size, passes, mi
     seen = []
     for rank in range(world_size):
         samples = training_samples(
-            first, batch=batch, rank=rank, world_size=world_size, micro=micro
+            range(first, first + 2), batch=batch, rank=rank, world_size=world_size, micro=micro
         )
-        seen += [sample for part in islice(samples, 2 * passes) for sample in part]
+        seen += [sample for part in samples for sample in part]
     assert sorted(seen) == list(range(first * batch, (first + 2) * batch))
 
 

@@ -45,7 +45,6 @@ if __name__ == "__main__":
     trainer = tiny_trainer(
         output, Recorder(), callbacks=[Slow(), interruption, Checkpoints(output, 1000)],
         max_steps=100, devices=devices, strategy="ddp" if devices > 1 else "auto")
-    trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
     trainer.fit(tiny_task(), datamodule=data)
     if interruption.signal_received:
         sys.exit(128 + interruption.signal_received)

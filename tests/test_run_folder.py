@@ -29,6 +29,7 @@ def make_config(tmp_path):
                 "data": {"name": "text", "length": 16, "cache": "${paths.cache}"},
                 "optimizer": {"lr": 0.1},
                 "schedule": {"decay": 0.3},
+                "phases": [{"steps": 3}, {"steps": 2, "micro_tokens": 16}],
                 "trainer": {"devices": 1, "nodes": 1, "strategy": "auto", "max_steps": 5},
                 "logger": {"offline": False, "output": "${paths.output}"},
                 "callbacks": {"checkpoints": {"output": "${paths.output}"}},
@@ -150,6 +151,14 @@ def test_the_budget_may_change_on_a_resume(make_config):
     }  # fmt: skip
 
 
+def test_a_phase_may_be_continued_in_other_micro_batches(make_config):
+    config = make_config(run_id="mine")
+    prepare(config)
+    path = save_last(config)
+    phases = [{"steps": 3}, {"steps": 2, "micro_tokens": 32}]
+    assert prepare(make_config(run_id="mine", phases=phases)) == path
+
+
 def test_the_log_of_one_run_does_not_go_on_in_the_next(make_config):
     first, second = make_config(run_id="first"), make_config(run_id="second")
     for config in (first, second):
@@ -179,7 +188,15 @@ def test_only_the_first_process_writes(make_config, tmp_path):
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("change", [{"seed": 2}, {"optimizer__lr": 0.2}, {"data__length": 32}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 2},
+        {"optimizer__lr": 0.2},
+        {"data__length": 32},
+        {"phases": [{"steps": 3}, {"steps": 4, "micro_tokens": 16}]},
+    ],
+)
 def test_a_folder_is_not_continued_as_another_experiment(make_config, change):
     config = make_config(run_id="mine")
     prepare(config)

@@ -17,11 +17,13 @@ from training import optimizers, schedules
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
 from training.objectives import NextToken
+from training.phases import Phase
 from training.task import SequenceTask
 from training.trainer import make_trainer
 
 VOCAB = 16
 LENGTH = 8
+WHOLE_RUN = Phase("data", 0, None, LENGTH, 8 * LENGTH, None, None, 1.0, None)
 
 
 class TinyModel(nn.Module):
@@ -61,13 +63,16 @@ class TinyData(L.LightningDataModule):
     """Global batches of 8 rows, pure functions of the step; ranks and micro-batches are slices."""
 
     measure, vocabulary, validation_words = "bits_per_byte", Bytes(), None
-    image_shape = None
+    image_shape, length = None, LENGTH
     units = (1,) * VOCAB
 
     def __init__(self, accumulation: int = 1, validation_rows: int = 5):
         super().__init__()
-        self.accumulation = accumulation
+        self.passes = accumulation
         self.validation_rows = validation_rows
+
+    def accumulation(self, world_size):
+        return self.passes
 
     def train_dataloader(self):
         return self._micro_batches()
@@ -76,7 +81,7 @@ class TinyData(L.LightningDataModule):
         step = self.trainer.global_step
         while True:
             share = rows(8, seed=step).chunk(self.trainer.world_size)[self.trainer.global_rank]
-            yield from share.chunk(self.accumulation)
+            yield from share.chunk(self.passes)
             step += 1
 
     def val_dataloader(self):
@@ -123,6 +128,7 @@ def tiny_trainer(output, recorder: Recorder, *, callbacks=(), **settings) -> L.T
         "log_every": 1,
         "gradient_clip": 1.0,
         "compile": False,
+        "phases": [WHOLE_RUN],
     }
     return make_trainer(
         output=output, loggers=[recorder], callbacks=callbacks, **(defaults | settings)
@@ -144,9 +150,7 @@ def fit(output, task=None, data=None, resume=None, **settings) -> tuple[L.Traine
     """Train, and return the trainer and what it logged."""
     recorder = Recorder()
     trainer = tiny_trainer(output, recorder, **settings)
-    data = data or TinyData()
-    trainer.accumulate_grad_batches = data.accumulation
-    trainer.fit(task or tiny_task(), datamodule=data, ckpt_path=resume)
+    trainer.fit(task or tiny_task(), datamodule=data or TinyData(), ckpt_path=resume)
     return trainer, recorder
 
 

@@ -112,3 +112,15 @@ def count_batches_from_steps(checkpoint: dict, accumulation: int) -> None:
         counters = loop["epoch_loop.batch_progress"][scope]
         counters.update(dict.fromkeys(counters, steps * accumulation))
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
+
+
+def recount_batches(trainer: L.Trainer) -> None:
+    """The same for a run that accumulates otherwise from its next step on.
+
+    To be called in the last hook of a batch, which Lightning counts as completed after it.
+    """
+    batches = trainer.global_step * trainer.accumulate_grad_batches
+    progress = trainer.fit_loop.epoch_loop.batch_progress
+    for counters in (progress.total, progress.current):
+        counters.ready = counters.started = counters.processed = batches
+        counters.completed = batches - 1

@@ -28,9 +28,10 @@ NOT_IN_ID = {
 }
 
 # What makes the second half of a run another experiment than the first, and what of it does not.
-MUST_AGREE = ["model", "data", "optimizer", "schedule", "seed"]
+MUST_AGREE = ["model", "data", "optimizer", "schedule", "phases", "seed"]
 MAY_DIFFER = {
-    "data": ["path", "cache", "workers", "micro_tokens", "validation_tokens", "exclude_rows"]
+    "data": ["path", "cache", "workers", "micro_tokens", "validation_tokens", "exclude_rows"],
+    "phases": ["micro_tokens"],
 }
 
 _held: list[IO] = []  # the lock of the folder that this process trains in
@@ -131,8 +132,12 @@ def _require_same_settings(checkpoint: Path, config: DictConfig) -> None:
 
 
 def _without_details(section: Any, name: str) -> Any:
+    if isinstance(section, list):
+        return [_without_details(item, name) for item in section]
     ignored = MAY_DIFFER.get(name, [])
-    return {k: v for k, v in section.items() if k not in ignored} if ignored else section
+    if not isinstance(section, dict):
+        return section
+    return {k: v for k, v in section.items() if k not in ignored}
 
 
 def _first_difference(old: Any, new: Any, key: str) -> tuple[str, Any, Any] | None:

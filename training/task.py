@@ -11,7 +11,8 @@ from torch.optim import Optimizer
 
 from evaluation.measures import MEASURES, word_perplexity
 from training.objectives import MaskedToken, NextToken, check_attention
-from training.progress import Budget, count_batches_from_steps
+from training.phases import Phases
+from training.progress import Budget
 
 MAX_SKIPPED_IN_A_ROW = 10
 
@@ -30,7 +31,7 @@ class SequenceTask(L.LightningModule):
             ``patterns()``.
         objective: splits a batch into inputs and targets.
         optimizer: makes the optimizer from the model; its learning rates are the peak rates.
-        schedule: ``(step, progress) -> factor`` of the peak rates.
+        schedule: ``(step, progress) -> factor`` of the peak rates, in each phase of the run.
         seed: what dropout draws depends on this, the step, the micro-batch and the rank alone.
 
     Raises:
@@ -88,7 +89,8 @@ class SequenceTask(L.LightningModule):
         return nats / (self.objective.share * targets.numel())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        factor = self._schedule(self.trainer.global_step, self.budget.progress)
+        phases = Phases.of(self.trainer)
+        factor = phases.current.lr_factor * self._schedule(*phases.schedule_place(self.trainer))
         for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
             group["lr"] = settings["lr"] * factor
 
@@ -138,16 +140,18 @@ class SequenceTask(L.LightningModule):
         sums = self.trainer.strategy.reduce(sum(self._micro_batches), reduce_op="sum")
         nats, count, units = sums.tolist()
         measure = self.trainer.datamodule.measure
-        self.log_dict(
-            {
-                "step": float(step),  # Lightning takes it as the x axis
-                "train/loss_nats": nats / count,
-                f"train/{measure}": MEASURES[measure](nats, int(units)),
-                "train/gradient_norm": norm,
-                "train/learning_rate": rate,
-                "train/skipped_steps": float(self._skipped_steps),
-            }
-        )
+        metrics = {
+            "step": float(step),  # Lightning takes it as the x axis
+            "train/loss_nats": nats / count,
+            f"train/{measure}": MEASURES[measure](nats, int(units)),
+            "train/gradient_norm": norm,
+            "train/learning_rate": rate,
+            "train/skipped_steps": float(self._skipped_steps),
+        }
+        phases = Phases.of(self.trainer)
+        if len(phases.phases) > 1:
+            metrics["phase"] = float(phases.index + 1)
+        self.log_dict(metrics)
 
     # Validation
 
@@ -181,4 +185,3 @@ class SequenceTask(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         self._skipped_steps, self._skipped_in_a_row = checkpoint["skipped_steps"]
-        count_batches_from_steps(checkpoint, self.trainer.accumulate_grad_batches)

@@ -16,6 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from training.callbacks.compilation import Compilation
 from training.callbacks.validation import Validation
 from training.checkpoint import AtomicCheckpointIO
+from training.phases import Phase, Phases
 from training.progress import Budget
 
 log = logging.getLogger("strider")
@@ -28,6 +29,7 @@ def make_trainer(
     output: str | Path,
     callbacks: Sequence[L.Callback],
     loggers: Sequence[Logger],
+    phases: Sequence[Phase],
     accelerator: str,
     devices: int | str,
     nodes: int,
@@ -44,8 +46,10 @@ def make_trainer(
 
     Args:
         output: the run's folder.
-        callbacks: those beside the budget, the validation and the compilation, which are made here.
+        callbacks: those beside the budget, the validation, the compilation and the phases, which
+            are made here.
         loggers: get every metric that is logged.
+        phases: see ``read_phases``.
         accelerator: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"gpu"``.
         devices: how many on each node; ``"auto"`` is all GPUs, or one CPU process.
         nodes: how many machines.
@@ -83,6 +87,7 @@ def make_trainer(
             Budget(max_steps, max_minutes),
             *([Compilation()] if compile else []),
             *_insert(Validation(validate_every), callbacks),
+            Phases(phases),
         ],
         plugins=[AtomicCheckpointIO()],
         check_val_every_n_epoch=sys.maxsize,  # an epoch never ends: `Validation` decides

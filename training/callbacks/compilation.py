@@ -4,6 +4,8 @@ import lightning as L
 import torch
 from torch import nn
 
+from training.phases import Phases
+
 SPARE = 8  # graphs beside one a layer: other lengths, validation
 
 
@@ -11,17 +13,17 @@ class Compilation(L.Callback):
     """Compiles the model's blocks before training."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        compile_blocks(pl_module.model)
+        compile_blocks(pl_module.model, phases=len(Phases.of(trainer).phases))
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, phases: int = 1) -> None:
     """Compile every block in place: no parameter is renamed.
 
     One graph serves all layers that are alike, whatever random blocks they draw. Layers with
-    windows of their own have a graph each, and torch would run those past its limit of
-    recompilations (8) uncompiled, with a warning.
+    windows of their own have a graph each, in each phase of a run anew, and torch would run those
+    past its limit of recompilations (8) uncompiled, with a warning.
     """
-    limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + SPARE)
+    limit = max(torch._dynamo.config.recompile_limit, phases * len(model.blocks) + SPARE)
     torch._dynamo.config.recompile_limit = limit
     for block in model.blocks:
         block.compile()

@@ -18,7 +18,7 @@ BAR = "{percentage:5.1f} % |{bar:20}| {postfix}"
 
 
 class ProgressBar(L.Callback):
-    """Share of the run done, loss, bits per byte or dimension, tokens a second and time left.
+    """Share of the run done, phase, loss, bits per byte or dimension, tokens a second, time left.
 
     A bar if standard error is a terminal; else one line of the logger "strider" each time that
     metrics are logged. Results of a validation are a line in both cases.
@@ -71,6 +71,7 @@ class ProgressBar(L.Callback):
 
     def _describe(self, metrics: dict) -> str:
         shown = [
+            ("phase", "phase {:.0f}"),
             ("train/loss_nats", "loss {:.4f} nats"),
             (f"train/{self._measure}", f"{{:.4f}} {self._measure.replace('_', ' ')}"),
             ("tokens_per_second", "{:,.0f} tokens/s"),

@@ -23,7 +23,6 @@ class Samples(L.Callback):
 
     Args:
         output: the run's folder.
-        length: tokens of a sequence, for the picture.
         prompt: how every text begins; may be empty.
         tokens: how many to generate; each costs a pass over what came before it.
         temperature: divides the logits; 0 takes the most likely token.
@@ -33,14 +32,12 @@ class Samples(L.Callback):
     def __init__(
         self,
         output: str,
-        length: int,
         prompt: str,
         tokens: int,
         temperature: float,
         top_p: float,
     ):
         self.folder = Path(output) / "samples"
-        self.length = length
         self.prompt = prompt
         self.tokens = tokens
         self.sampling = {"temperature": temperature, "top_p": top_p}
@@ -48,7 +45,8 @@ class Samples(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        path = draw_patterns(task.model.patterns(), self.length, self.folder / "attention.png")
+        length = trainer.datamodule.length
+        path = draw_patterns(task.model.patterns(), length, self.folder / "attention.png")
         log_picture(trainer, "attention", path)
 
     @rank_zero_only
@@ -62,7 +60,7 @@ class Samples(L.Callback):
                 task.model,
                 prompt.to(task.device),
                 self.tokens,
-                context=self.length,
+                context=trainer.datamodule.length,
                 generator=torch.Generator().manual_seed(0),
                 **self.sampling,
             )

@@ -61,7 +61,8 @@ class Summary(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         if not self.trained:
             log.info(
-                "this run was finished before; to go on, raise trainer.max_steps and set resume=%s",
+                "this run was finished before; to go on, raise trainer.max_steps or add to phases, "
+                "and set resume=%s",
                 self.output / "checkpoints" / "last.ckpt",
             )
         best = self.output / "checkpoints" / "best.ckpt"

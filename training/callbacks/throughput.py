@@ -4,6 +4,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from training.phases import Phases
 from training.progress import Budget
 
 # Dense bf16 products a second, without structured sparsity, from NVIDIA's data sheets. (Lightning's
@@ -25,7 +26,7 @@ class Throughput(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._clock = Budget.of(trainer).clock
-        self._flops_per_token: float | None = None
+        self._phase: int | None = None  # the one that `_flops_per_token` is of
         self._peak_flops = self._peak(trainer)
         self._restart()
 
@@ -36,21 +37,24 @@ class Throughput(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Tensor, batch_idx
     ) -> None:
         length = pl_module.objective.length(batch)
-        self._tokens += len(batch) * length * trainer.world_size
-        if self._flops_per_token is None:
+        if self._phase != (phase := Phases.of(trainer).index):
+            self._phase = phase
             self._flops_per_token = pl_module.model.flops_per_token(length)
+        tokens = len(batch) * length * trainer.world_size
+        self._tokens += tokens
+        self._flops += tokens * self._flops_per_token
         step = trainer.global_step
         if step > self._step and step % trainer.log_every_n_steps == 0:
             self.log_dict(self._measure(pl_module.device))
             self._restart(step)
 
     def _restart(self, step: int = 0) -> None:
-        self._step, self._tokens, self._waited = step, 0, 0.0
+        self._step, self._tokens, self._flops, self._waited = step, 0, 0.0, 0.0
         self._start = self._clock.seconds
 
     def _measure(self, device: torch.device) -> dict[str, float]:
         seconds = self._clock.seconds - self._start
-        flops_per_second = self._tokens * self._flops_per_token / seconds
+        flops_per_second = self._flops / seconds
         metrics = {
             "tokens_per_second": self._tokens / seconds,
             "model_tflops_per_second": flops_per_second / 1e12,

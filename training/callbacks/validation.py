@@ -1,13 +1,15 @@
-"""When the held-out data are scored: before the first step, at intervals, and at the end."""
+"""When held-out data are scored: before the first step, at intervals, at the ends of phases."""
 
 import lightning as L
 
+from training.phases import Phases
 from training.progress import Budget
 
 
 class Validation(L.Callback):
     """Runs Lightning's validation loop at step 0, every ``every_steps`` steps, and at the end.
 
+    Where a run has phases, it is validated at the end of each, with windows of that phase's length.
     Lightning's own check counts batches, not steps, and knows neither step 0 nor the end of an
     endless loader. A run that is interrupted or stopped early is not validated once more.
 
@@ -42,7 +44,8 @@ class Validation(L.Callback):
     def _validate_if_due(self, trainer: L.Trainer) -> None:
         step = trainer.global_step
         regular = self.every_steps is not None and step % self.every_steps == 0
-        due = step == 0 or regular or Budget.of(trainer).spent
+        ended = Phases.of(trainer).done_at(step) or Budget.of(trainer).spent
+        due = step == 0 or regular or ended
         if due and step != self._latest:
             self._latest = step
             _validate(trainer)
