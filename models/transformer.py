@@ -172,11 +172,11 @@ class Transformer(nn.Module):
         return rotary_tables(length, self.dim // self.heads, self.rotary_base, device)
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        starts = tokens == self.vocab_size
-        # Rows without padding are the rule, and attention is faster without documents.
-        if self.documents != "pack" and not (self.masked and starts.any()):
+        # Rows that are trained on have padding only where each lies in one document.
+        padded = self.masked and (self.documents == "split" or not self.training)
+        if self.documents != "pack" and not padded:
             return None
-        documents = starts.cumsum(dim=1, dtype=torch.int32)
+        documents = (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
         extra = 0 if self.global_vectors is None else len(self.global_vectors)
         return F.pad(documents, (extra, 0))  # of the first document: the others are padding
 
@@ -200,10 +200,18 @@ class Transformer(nn.Module):
             block.attention.set_window(window)
 
     def patterns(self) -> dict[str, Pattern]:
-        """The pattern of each attention, by its name, at the first layer that has it."""
+        """The different patterns of each attention, by its name, from the first layer up.
+
+        Layers that differ in the draw of their random blocks alone count as one.
+        """
         patterns: dict[str, Pattern] = {}
-        for name, block in zip(self.layout, self.blocks, strict=True):
-            patterns.setdefault(name, block.attention.pattern)
+        known = set()
+        for layer, (name, block) in enumerate(zip(self.layout, self.blocks, strict=True)):
+            pattern = block.attention.pattern
+            if (name, pattern.on_layer(-layer)) not in known:
+                known.add((name, pattern.on_layer(-layer)))
+                label = f"{name}, layer {layer + 1}" if name in patterns else name
+                patterns[label] = pattern
         return patterns
 
     def flops_per_token(self, length: int) -> float:
