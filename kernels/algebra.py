@@ -97,6 +97,10 @@ class Pattern:
         """
         return self._bind(Surroundings())
 
+    def on_layer(self, layer: int) -> "Pattern":
+        """This pattern with random blocks of the layer's own: adds to their ``layer``."""
+        return self
+
     def __and__(self, other: "Pattern") -> "Pattern":
         return And(_operands(And, self, other))
 
@@ -234,6 +238,9 @@ class _Combination(Pattern):
     def _of_head(self, head):
         return type(self)(tuple(p._of_head(head) for p in self.operands))
 
+    def on_layer(self, layer):
+        return type(self)(tuple(p.on_layer(layer) for p in self.operands))
+
     def __repr__(self) -> str:
         # `&` binds tighter than `|`, so only an Or inside an And needs parentheses.
         needs_parentheses = isinstance(self, And)
@@ -309,6 +316,9 @@ class Not(Pattern):
 
     def _of_head(self, head):
         return Not(self.operand._of_head(head))
+
+    def on_layer(self, layer):
+        return Not(self.operand.on_layer(layer))
 
     def __repr__(self) -> str:
         combined = isinstance(self.operand, _Combination)

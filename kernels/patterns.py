@@ -28,6 +28,7 @@ from kernels.terms import (
     PerHead,
     RandomBlocks,
     Strided,
+    Summary,
     Window,
 )
 
@@ -44,6 +45,7 @@ __all__ = [
     "per_head",
     "random_blocks",
     "strided",
+    "summary",
     "window",
 ]
 
@@ -127,12 +129,30 @@ def fixed(length: int, cells: int, sub_block: int = 0) -> Pattern:
     Source:
         Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3.
     """
-    given = f"fixed({length}, {cells}, sub_block={sub_block})"
+    return Fixed(*_summary_sizes("fixed", length, cells, sub_block))
+
+
+def summary(length: int, cells: int, sub_block: int = 0) -> Pattern:
+    """Visible when the key is a summary cell of its block: the second part of `fixed` alone.
+
+    ``fixed(l, c)`` is ``window(1, block=l) | summary(l, c)``.
+
+    Raises:
+        ValueError: if a size is out of range, or a block is too short for the sub-block.
+
+    Source:
+        Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 4.3.
+    """
+    return Summary(*_summary_sizes("summary", length, cells, sub_block))
+
+
+def _summary_sizes(term: str, length: int, cells: int, sub_block: int) -> tuple[int, int, int]:
+    given = f"{term}({length}, {cells}, sub_block={sub_block})"
     _at_least(1, given, length=length, cells=cells)
     _at_least(0, given, sub_block=sub_block)
     if cells * (sub_block + 1) > length:
         raise ValueError(f"cells * (sub_block + 1) must not exceed length, got {given}.")
-    return Fixed(length, cells, sub_block)
+    return length, cells, sub_block
 
 
 def global_tokens(count: int) -> Pattern:
@@ -224,8 +244,8 @@ def _at_least(least: int, given: str, **numbers: int) -> None:
 
 
 _TERMS = (
-    causal, full, window, dilated, strided, fixed, global_tokens, random_blocks, blocks, others,
-    per_head,
+    causal, full, window, dilated, strided, fixed, summary, global_tokens, random_blocks, blocks,
+    others, per_head,
 )  # fmt: skip
 _CONSTRUCTORS = {term.__name__: term for term in _TERMS}
 

@@ -107,6 +107,9 @@ class RandomBlocks(Pattern):
     def _without_random(self, replacement):
         return replacement
 
+    def on_layer(self, layer):
+        return replace(self, layer=self.layer + layer)
+
     def __repr__(self) -> str:
         options = "".join(f", {k}={v}" for k in ("seed", "layer") if (v := getattr(self, k)))
         return f"random_blocks({self.count}, block={self.block}{options})"

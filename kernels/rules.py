@@ -110,7 +110,7 @@ def _collect(pattern, length, heads, head, short: list, long: list) -> None:
             short += [pattern.left, pattern.right, pattern.step]
         case terms.Strided():
             short.append(pattern.stride)
-        case terms.Fixed(length=l, cells=c):
+        case terms.Fixed(length=l, cells=c) | terms.Summary(length=l, cells=c):
             last = l - c * pattern.sub_block
             short += [l, last - c, last]
         case terms.GlobalTokens():
@@ -300,6 +300,13 @@ def _fixed(i, j, numbers):
 
 
 @_jit
+def _summary(i, j, numbers):
+    block, first, last = numbers
+    cell = j % block
+    return (i == i) & (cell >= first) & (cell < last)
+
+
+@_jit
 def _global_tokens(i, j, count):
     return (i < count) | (j < count)
 
@@ -322,6 +329,7 @@ _LEAVES = {
     "dilated": Rule(_three, _dilated, 3),
     "strided": Rule(_one, _strided, 1),
     "fixed": Rule(_three, _fixed, 3),
+    "summary": Rule(_three, _summary, 3),
     "global_tokens": Rule(_one, _global_tokens, 1),
     "blocks": Rule(_three_and_behind, _blocks, 3),
 }
@@ -333,6 +341,7 @@ _TERMS = {
     terms.Dilated: "dilated",
     terms.Strided: "strided",
     terms.Fixed: "fixed",
+    terms.Summary: "summary",
     terms.GlobalTokens: "global_tokens",
     terms.Blocks: "blocks",
 }

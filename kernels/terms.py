@@ -1,6 +1,7 @@
 """The terms that patterns are made of; `kernels.patterns` has their constructors and rules."""
 
 import functools
+import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -21,6 +22,7 @@ __all__ = [
     "PerHead",
     "RandomBlocks",
     "Strided",
+    "Summary",
     "Window",
 ]
 
@@ -120,12 +122,10 @@ class Strided(Pattern):
 
 
 @dataclass(frozen=True, repr=False)
-class Fixed(Pattern):
+class Summary(Pattern):
     length: int
     cells: int
     sub_block: int = 0
-
-    sees_itself = True
 
     @property
     def first(self) -> int:
@@ -134,19 +134,17 @@ class Fixed(Pattern):
 
     def _visible(self, i, j, head, length):
         cell = j % self.length
-        summary = (cell >= self.first) & (cell < self.first + self.cells)
-        return summary | (i // self.length == j // self.length)
+        return ((cell >= self.first) & (cell < self.first + self.cells)).expand_as(i + j)
 
     def _spans(self, grid):
-        same_block = spans.band(grid, 0, 0, self.length)
-        summary = self._summary(grid)
+        summary = self._state(grid)
         if isinstance(summary, int):
-            return same_block | spans.constant(grid, summary)
+            return spans.constant(grid, summary)
         state = summary[:, None].expand(grid.groups, grid.rows, grid.columns)
-        return same_block | spans.from_states(state.flatten(0, 1), grid.columns)
+        return spans.from_states(state.flatten(0, 1), grid.columns)
 
-    def _summary(self, grid: Grid) -> int | Tensor:
-        """What is known of the summary cells of each key tile, one for all or ``(groups, C)``."""
+    def _state(self, grid: Grid) -> int | Tensor:
+        """What is known of each key tile, one for all or ``(groups, C)``."""
         if grid.k_order == Order(self.cells, self.length, self.first):
             return FULL
         low, high = grid.k_range
@@ -161,8 +159,41 @@ class Fixed(Pattern):
         return torch.where(between == 0, DEAD, state).to(torch.uint8)
 
     def __repr__(self) -> str:
-        option = f", sub_block={self.sub_block}" if self.sub_block else ""
-        return f"fixed({self.length}, {self.cells}{option})"
+        return f"summary({_sizes(self)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Fixed(Pattern):
+    length: int
+    cells: int
+    sub_block: int = 0
+
+    sees_itself = True
+
+    @property
+    def local(self) -> Window:
+        """The part that is the query's own block."""
+        return Window(0, 0, self.length)
+
+    @property
+    def summary(self) -> Summary:
+        """The part that is the summary cells of all blocks."""
+        return Summary(self.length, self.cells, self.sub_block)
+
+    def _visible(self, i, j, head, length):
+        parts = self.local, self.summary
+        return functools.reduce(operator.or_, (p._visible(i, j, head, length) for p in parts))
+
+    def _spans(self, grid):
+        return self.local._spans(grid) | self.summary._spans(grid)
+
+    def __repr__(self) -> str:
+        return f"fixed({_sizes(self)})"
+
+
+def _sizes(term: Summary | Fixed) -> str:
+    option = f", sub_block={term.sub_block}" if term.sub_block else ""
+    return f"{term.length}, {term.cells}{option}"
 
 
 @dataclass(frozen=True, repr=False)
@@ -274,6 +305,9 @@ class PerHead(Pattern):
 
     def _without_random(self, replacement):
         return PerHead(tuple(p._without_random(replacement) for p in self.patterns))
+
+    def on_layer(self, layer):
+        return PerHead(tuple(p.on_layer(layer) for p in self.patterns))
 
     def _of_head(self, head):
         return self._of(head)._of_head(head)

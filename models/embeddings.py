@@ -1,4 +1,4 @@
-"""Positions: rotary ones, and the learned ones of images."""
+"""Positions: rotary ones, and learned ones of rasters (images, or text as a matrix)."""
 
 import math
 from collections.abc import Sequence
@@ -7,52 +7,61 @@ import torch
 from torch import Tensor, nn
 
 
-class ImagePositions(nn.Module):
-    """Learned embeddings of row, column and channel, added up: where in an image a token belongs.
+class RasterPositions(nn.Module):
+    """Learned embeddings of each coordinate, added up: where in a raster a token belongs.
 
-    Entry ``t`` is the place of token ``t`` of the image, which is the token that input ``t``
-    predicts (input 0 is the start id). The released code of the source gives input ``t`` the place
-    of the token it holds, and the start none; the two differ by one step along the raster.
+    Images are rows, columns and channels; text may be laid out as a matrix of rows and columns.
+    Entry ``t`` is the place of token ``t``, which is the token that input ``t`` predicts (input 0
+    is the start id). The released code of the source gives input ``t`` the place of the token it
+    holds, and the start none; the two differ by one step along the raster.
 
     Args:
         dim: width of the model.
-        shape: rows, columns and channels; tokens are in raster order, channels innermost.
-        std: standard deviation of the sum of the three, at the start.
+        shape: how many there are of each coordinate; the last one runs fastest.
+        std: standard deviation of the sum, at the start.
 
     Raises:
-        ValueError: unless ``shape`` is three positive numbers.
+        ValueError: unless ``shape`` is two or more positive numbers.
 
     Source:
-        Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 5.3 (n_emb = 3).
+        Sparse Transformer, Child et al. 2019, arXiv:1904.10509, section 5.3 (n_emb = 3 for images,
+        2 for text).
     """
 
     def __init__(self, dim: int, shape: Sequence[int], std: float):
         super().__init__()
-        if len(shape) != 3 or min(shape) < 1:
+        if len(shape) < 2 or min(shape) < 1:
             raise ValueError(
-                f"model.image_shape must be [rows, columns, channels], got {list(shape)}; for "
-                f"example [32, 32, 3], or null for no such positions."
+                f"learned positions need two or more sizes, such as model.image_shape=[32,32,3] or "
+                f"model.matrix_shape=[96,128], got {list(shape)}; null is for no such positions."
             )
         self.shape = tuple(shape)
-        self.row, self.column, self.channel = (nn.Embedding(size, dim) for size in shape)
-        for embedding in (self.row, self.column, self.channel):
-            nn.init.normal_(embedding.weight, std=std / 3**0.5)
+        self.coordinates = nn.ModuleList(nn.Embedding(size, dim) for size in shape)
+        self.reset(std)
+
+    def reset(self, std: float) -> None:
+        """Draw the embeddings anew, so that their sum has this standard deviation."""
+        for embedding in self.coordinates:
+            nn.init.normal_(embedding.weight, std=std / len(self.shape) ** 0.5)
 
     def forward(self, length: int) -> Tensor:
         """The first ``length`` entries, ``(L, dim)``.
 
         Raises:
-            ValueError: if an image has fewer tokens.
+            ValueError: if the raster has fewer tokens.
         """
         if length > math.prod(self.shape):
             raise ValueError(
-                f"image positions reach {math.prod(self.shape):,} tokens ({self.shape}), got "
-                f"{length:,}; shorten the sequence, or set model.image_shape=null."
+                f"learned positions reach {math.prod(self.shape):,} tokens {self.shape}, got "
+                f"{length:,}; shorten the sequence (data.length, context), or train with a larger "
+                f"model.matrix_shape."
             )
-        token = torch.arange(length, device=self.row.weight.device)
-        _, columns, channels = self.shape
-        row, column = token // (columns * channels), token // channels % columns
-        return self.row(row) + self.column(column) + self.channel(token % channels)
+        token = torch.arange(length, device=self.coordinates[0].weight.device)
+        total = 0
+        for size, embedding in zip(reversed(self.shape), reversed(self.coordinates), strict=True):
+            total = total + embedding(token % size)
+            token = token // size
+        return total
 
 
 def rotary_tables(

@@ -12,17 +12,19 @@ class Head(nn.Module):
     """Logits of the next token. Starts at zero: an untrained model is exactly uniform.
 
     Args:
-        dim: width of the model.
+        norm: of the hidden states, ``(..., dim)`` in and out.
         vocab_size: number of tokens that can be predicted.
         embedding: tie the weight to the first ``vocab_size`` rows of this embedding.
     """
 
-    def __init__(self, dim: int, vocab_size: int, embedding: nn.Embedding | None = None):
+    def __init__(self, norm: nn.Module, vocab_size: int, embedding: nn.Embedding | None = None):
         super().__init__()
         self.vocab_size = vocab_size
-        self.norm = nn.RMSNorm(dim)
-        tied = embedding is not None
-        self.weight = embedding.weight if tied else nn.Parameter(torch.zeros(vocab_size, dim))
+        self.norm = norm
+        if embedding is None:
+            self.weight = nn.Parameter(torch.zeros(vocab_size, norm.weight.shape[0]))
+        else:
+            self.weight = embedding.weight
 
     def forward(self, x: Tensor) -> Tensor:
         """``(..., dim)`` -> logits ``(..., vocab_size)``."""

@@ -3,40 +3,36 @@
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from kernels.patterns import Pattern
 from models.attention import Context
-from models.embeddings import ImagePositions, rotary_tables
+from models.embeddings import RasterPositions, rotary_tables
+from models.feed_forward import SwiGLU
 from models.heads import Head
 
 DOCUMENTS = ("stream", "pack", "split")
-
-
-class SwiGLU(nn.Module):
-    """``W_out (silu(W_gate x) * W_up x)``, starting at zero (Shazeer 2020, arXiv:2002.05202)."""
-
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.gate_and_up = nn.Linear(dim, 2 * hidden, bias=False)
-        self.out = nn.Linear(hidden, dim, bias=False)
-        nn.init.normal_(self.gate_and_up.weight, std=dim**-0.5)
-        nn.init.zeros_(self.out.weight)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_and_up(x).chunk(2, dim=-1)
-        return self.out(F.silu(gate) * up)
+NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 
 
 class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; dropout on what is added."""
+    """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; dropout on what is added.
 
-    def __init__(self, dim: int, hidden: int, attention: nn.Module, dropout: float):
+    This is the residual form of the Sparse Transformer too (Child et al. 2019, eq. 12-16).
+    """
+
+    def __init__(
+        self,
+        attention: nn.Module,
+        feed_forward: nn.Module,
+        norm: Callable[[], nn.Module],
+        dropout: float,
+    ):
         super().__init__()
-        self.attention_norm, self.feed_forward_norm = nn.RMSNorm(dim), nn.RMSNorm(dim)
+        self.attention_norm, self.feed_forward_norm = norm(), norm()
         self.attention = attention
-        self.feed_forward = SwiGLU(dim, hidden)
+        self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
@@ -45,7 +41,7 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """A decoder that predicts the next token.
+    """Blocks over a sequence of tokens; whether it is a decoder is up to its attentions.
 
     Args:
         vocab_size: number of tokens; the embedding has one more row, for the start id.
@@ -54,8 +50,11 @@ class Transformer(nn.Module):
         heads: attention heads; ``dim // heads`` is the size of a head.
         attention: name -> constructor, called with ``(dim, heads, layer)``.
         layout: names of ``attention``, one a layer, repeated to the depth.
-        hidden: width of the feed-forward layer; default ``8 / 3 dim``, rounded up to 64.
+        feed_forward: constructor, called with ``(dim, hidden)``.
+        hidden: width of the feed-forward layer; None: what ``feed_forward`` has by default.
+        norm: ``"rms"`` or ``"layer"``.
         dropout: probability, on the embedding and on what each sublayer adds.
+        embedding_dropout: another one on the embedding; None: ``dropout``.
         tied_head: the output head uses the token embedding.
         rotary_base: longest wavelength of the rotary positions over 2 pi, in tokens; None: no
             rotary positions.
@@ -63,10 +62,16 @@ class Transformer(nn.Module):
             of the others; ``"stream"`` or ``"split"``: all tokens of a row are of one document.
         image_shape: rows, columns and channels of the images that the tokens are: adds a learned
             embedding of each, so sequences must begin where an image does; None: no images.
+        matrix_shape: rows and columns: adds a learned embedding of each, as if the text were
+            written into a matrix; None: no such positions.
+        global_vectors: learned vectors in front of the tokens, which are no text and not scored
+            (the extra tokens of BigBird-ETC); needs attentions that see later tokens too.
+        initialise: draws the initial weights of the finished model; None: each layer's own, which
+            make a new block the identity.
+        recompute: blocks keep nothing but their input for the backward pass and run again there.
 
     Raises:
-        ValueError: if the head size is not whole and even, ``layout`` names no attention, or
-            ``documents`` is none of the three.
+        ValueError: if a size, a name or a combination of them cannot be.
     """
 
     def __init__(
@@ -78,34 +83,51 @@ class Transformer(nn.Module):
         heads: int,
         attention: Mapping[str, Callable[[int, int, int], nn.Module]],
         layout: Sequence[str],
+        feed_forward: Callable[[int, int | None], nn.Module] = SwiGLU,
         hidden: int | None = None,
+        norm: str = "rms",
         dropout: float = 0.0,
+        embedding_dropout: float | None = None,
         tied_head: bool = False,
         rotary_base: float | None = 10_000.0,
         documents: str = "stream",
         image_shape: Sequence[int] | None = None,
+        matrix_shape: Sequence[int] | None = None,
+        global_vectors: int = 0,
+        initialise: Callable[[nn.Module], None] | None = None,
+        recompute: bool = False,
     ):
         super().__init__()
-        _check(dim, layers, heads, dropout, attention, layout, documents)
+        _check_sizes(dim, layers, heads, dropout, global_vectors)
+        _check_names(attention, layout, documents, norm)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
-        self.rotary_base, self.documents = rotary_base, documents
+        self.rotary_base, self.documents, self.recompute = rotary_base, documents, recompute
         self.layout = [layout[n % len(layout)] for n in range(layers)]
-        hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else hidden
         self.embedding = nn.Embedding(vocab_size + 1, dim)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
         self.blocks = nn.ModuleList(
-            Block(dim, hidden, attention[name](dim, heads, layer), dropout)
+            Block(
+                attention[name](dim, heads, layer),
+                feed_forward(dim, hidden),
+                lambda: NORMS[norm](dim),
+                dropout,
+            )
             for layer, name in enumerate(self.layout)
         )
-        self.head = Head(dim, vocab_size, self.embedding if tied_head else None)
+        self.head = Head(NORMS[norm](dim), vocab_size, self.embedding if tied_head else None)
         # A tied embedding is also the head, which wants logits of order one.
         std = dim**-0.5 if tied_head else 1.0
         nn.init.normal_(self.embedding.weight, std=std)
         # A stream has one start: its id is hardly ever trained, so it begins as "nothing known".
         nn.init.zeros_(self.embedding.weight[vocab_size])
-        self.image_positions = None
-        if image_shape is not None:
-            self.image_positions = ImagePositions(dim, image_shape, std)
+        shapes = [shape for shape in (image_shape, matrix_shape) if shape is not None]
+        self.positions = nn.ModuleList(RasterPositions(dim, shape, std) for shape in shapes)
+        self.global_vectors = None
+        if global_vectors:
+            self.global_vectors = nn.Parameter(std * torch.randn(global_vectors, dim))
+        _check_combination(self)
+        if initialise is not None:
+            initialise(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
         """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
@@ -122,13 +144,21 @@ class Transformer(nn.Module):
     def hidden_states(self, tokens: Tensor) -> Tensor:
         """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
         length, x = tokens.shape[1], self.embedding(tokens)
-        if self.image_positions is not None:
-            x = x + self.image_positions(length)
+        for positions in self.positions:
+            x = x + positions(length)
+        extra = 0 if self.global_vectors is None else len(self.global_vectors)
+        if extra:
+            x = torch.cat((self.global_vectors.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         x = self.dropout(x)
-        context = Context(self._rotary_tables(length, tokens.device), self._documents(tokens))
+        context = Context(
+            self._rotary_tables(extra + length, tokens.device), self._documents(tokens)
+        )
         for block in self.blocks:
-            x = block(x, context)
-        return x
+            if self.recompute and torch.is_grad_enabled():
+                x = checkpoint(block, x, context, use_reentrant=False)
+            else:
+                x = block(x, context)
+        return x[:, extra:]
 
     def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
         if self.rotary_base is None:
@@ -140,6 +170,25 @@ class Transformer(nn.Module):
             return None
         return (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
 
+    def set_windows(self, windows: Sequence[int]) -> None:
+        """Give each layer a window of its own, as Longformer's staged training does.
+
+        Raises:
+            ValueError: unless there is one for each layer, and each has an attention with a window.
+        """
+        if len(windows) != self.layers:
+            raise ValueError(
+                f"windows must have one entry for each of the {self.layers} layers, got "
+                f"{len(windows)}: {list(windows)}."
+            )
+        for block, name, window in zip(self.blocks, self.layout, windows, strict=True):
+            if not hasattr(block.attention, "set_window"):
+                raise ValueError(
+                    f"windows are for attentions that have one, such as model=longformer; {name} "
+                    f"has none."
+                )
+            block.attention.set_window(window)
+
     def patterns(self) -> dict[str, Pattern]:
         """The pattern of each attention, by its name, at the first layer that has it."""
         patterns: dict[str, Pattern] = {}
@@ -150,27 +199,30 @@ class Transformer(nn.Module):
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token, forward and backward, at this length.
 
-        6 per weight of a matrix product (2 forward, 4 backward), and 12 ``dim`` per visible key in
-        every layer (scores and weighted sum, 2 each forward, twice that backward); recomputation,
-        embeddings, norms and softmax are not counted. Layers of one name count as its first layer.
+        6 per weight of a matrix product (2 forward, 4 backward), and 6 times the widths of keys and
+        values per visible key in every layer (scores and weighted sum, 2 each forward, twice that
+        backward); recomputation, embeddings, norms and softmax are not counted.
         """
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        keys = {name: p.keys_per_query(length) for name, p in self.patterns().items()}
-        attention = sum(12 * self.dim * keys[name] for name in self.layout)
-        return 6 * (matrices + self.dim * self.vocab_size) + attention
+        attention = sum(block.attention.flops_per_token(length) for block in self.blocks)
+        return 6 * (matrices + self.dim * self.vocab_size) + 3 * attention
 
 
-def _check(dim, layers, heads, dropout, attention, layout, documents) -> None:
-    if dim < 1 or layers < 1 or heads < 1 or not 0 <= dropout < 1:
+def _check_sizes(dim, layers, heads, dropout, global_vectors) -> None:
+    if dim < 1 or layers < 1 or heads < 1 or not 0 <= dropout < 1 or global_vectors < 0:
         raise ValueError(
-            f"a model needs dim, layers and heads of at least 1 and a dropout in [0, 1), got "
-            f"model.dim={dim}, model.layers={layers}, model.heads={heads}, model.dropout={dropout}."
+            f"a model needs dim, layers and heads of at least 1, a dropout in [0, 1) and no less "
+            f"than 0 global vectors, got model.dim={dim}, model.layers={layers}, "
+            f"model.heads={heads}, model.dropout={dropout}, model.global_vectors={global_vectors}."
         )
     if dim % heads or dim // heads % 2:
         raise ValueError(
             f"dim must be an even multiple of heads (rotary positions turn pairs), got dim={dim} "
             f"and heads={heads}; change `model.dim` or `model.heads`."
         )
+
+
+def _check_names(attention, layout, documents, norm) -> None:
     unknown = [name for name in layout if name not in attention]
     if unknown or not layout:
         raise ValueError(
@@ -181,4 +233,28 @@ def _check(dim, layers, heads, dropout, attention, layout, documents) -> None:
         raise ValueError(
             f"model.documents must be one of {', '.join(DOCUMENTS)}, got {documents}; leave it to "
             f"`data.documents`."
+        )
+    if norm not in NORMS:
+        raise ValueError(f"model.norm must be one of {', '.join(NORMS)}, got {norm}.")
+
+
+def _check_combination(model: Transformer) -> None:
+    attentions = [block.attention for block in model.blocks]
+    narrow = [a.projections.qk_dim for a in attentions if a.projections.qk_dim != model.dim]
+    if model.rotary_base is not None and narrow:
+        raise ValueError(
+            f"rotary positions need queries as wide as the model ({model.dim}), got "
+            f"qk_dim={narrow[0]}; set model.rotary_base=null."
+        )
+    if model.global_vectors is None:
+        return
+    if model.documents == "pack":
+        raise ValueError(
+            "global vectors see all tokens, and data.documents=pack keeps documents apart; set "
+            "model.global_vectors=0 or data.documents=split."
+        )
+    if any(attention.pattern.is_causal for attention in attentions):
+        raise ValueError(
+            "global vectors in front of the tokens are for attentions that see later tokens; set "
+            "model.global_vectors=0, or causal=false of the attention."
         )

@@ -21,6 +21,7 @@ from kernels.patterns import (
     per_head,
     random_blocks,
     strided,
+    summary,
     window,
 )  # fmt: skip
 from kernels.tiles import TileList
@@ -44,6 +45,8 @@ PATTERNS = {
     "dilated-bidirectional": dilated(3, 2, 4) | window(1, 1),
     "fixed": causal() & fixed(24, 8),
     "fixed-sub-block": causal() & fixed(24, 4, sub_block=2),
+    "summary": causal() & summary(24, 8),  # rows without a key, keys without a query
+    "summary-in-some-heads": causal() & per_head(window(5), summary(24, 8, sub_block=1)),
     "blocks": causal() & blocks("x..../xx.../.xx../x.xx./xx..x", block=40),
     "heads-differ-in-number": causal() & per_head(window(5), window(90)),
     "heads-differ-in-kind": causal() & per_head(window(5), dilated(6, 4), strided(9), fixed(16, 4)),
@@ -60,7 +63,7 @@ def assert_exact(pattern, q, k, v, mask=None, **options):
     )
 
 
-MOVED = [name for name in PATTERNS if name.startswith(("strided", "dilated", "fixed"))]
+MOVED = [name for name in PATTERNS if name.startswith(("strided", "dilated", "fixed", "summary"))]
 
 
 # 288 tokens are whole blocks of every stride: there tiles come through descriptors.

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from hydra.utils import instantiate
+from torch import nn
 
 from models.heads import Head
 from tests.configs import MODELS, SMALL, composed
@@ -85,7 +86,7 @@ def test_half_precision_is_close_to_single(model, device):
 
 
 def test_loss_in_chunks_equals_loss_at_once(monkeypatch):
-    head = Head(8, 11)
+    head = Head(nn.RMSNorm(8), 11)
     torch.nn.init.normal_(head.weight)
     x, targets = torch.randn(3, 20, 8, requires_grad=True), torch.randint(-1, 11, (3, 20))
     nats, count = head.loss(x, targets)

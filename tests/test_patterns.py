@@ -20,6 +20,7 @@ from kernels.patterns import (
     per_head,
     random_blocks,
     strided,
+    summary,
     window,
 )
 from kernels.random_plan import hash_integers
@@ -36,8 +37,8 @@ terms = st.one_of(
     st.tuples(sizes, sizes).map(lambda s: dilated(*s)),
     st.tuples(sizes, sizes, sizes).map(lambda s: dilated(*s)),
     sizes.map(strided),
-    st.tuples(sizes, sizes, st.integers(0, 2)).map(
-        lambda s: fixed(s[0] + s[1] * (s[2] + 1) - 1, s[1], sub_block=s[2])
+    st.tuples(st.sampled_from([fixed, summary]), sizes, sizes, st.integers(0, 2)).map(
+        lambda s: s[0](s[1] + s[2] * (s[3] + 1) - 1, s[2], sub_block=s[3])
     ),
     st.tuples(st.integers(1, 4), st.integers(0, 2**16 - 1), sizes).map(
         lambda s: blocks(
@@ -134,6 +135,7 @@ def test_strided_and_fixed_rows_are_those_of_the_paper():
     assert row(causal() & fixed(4, 1), 10) == [3, 7, 8, 9, 10]
     assert row(causal() & fixed(4, 2), 10) == [2, 3, 6, 7, 8, 9, 10]
     assert row(causal() & fixed(4, 1, sub_block=2), 10) == [1, 5, 8, 9, 10]
+    assert row(causal() & summary(4, 1, sub_block=2), 10) == [1, 5, 9]
 
 
 def test_dilated_rows_are_those_of_longformer():
@@ -243,6 +245,7 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
         (lambda: fixed(8, 0), r"fixed\(8, 0"),
         (lambda: fixed(8, 4, sub_block=-1), "sub_block=-1"),
         (lambda: fixed(8, 4, sub_block=2), "sub_block=2"),
+        (lambda: summary(8, 9), r"summary\(8, 9"),
         (lambda: blocks("x./.x", block=0), "block=0"),
         (lambda: blocks("x./.", block=1), "2 rows"),
         (lambda: blocks("", block=1), "0 rows"),

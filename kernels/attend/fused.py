@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels.algebra import Nothing
 from kernels.attend.backward import key_kernel, query_kernel, sum_pieces_kernel
 from kernels.attend.forward import forward_kernel, merge_pieces_kernel
 from kernels.attend.plan import (
@@ -59,6 +60,9 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
     """``(dq, dk, dv)`` from the gradients of ``out`` and ``lse`` (None if that was not used)."""
     launcher = _Launcher(q, k, v, call)
     dq, dk, dv = map(empty_gradient, (q, k, v))
+    if not all(any(part.covers_keys for part in chain) for chain in launcher.chains):
+        dk.zero_()  # no pass writes the keys between the columns
+        dv.zero_()
     # What every pass needs of each query: the sum of dout * out, less dlse, and the lse in base 2.
     kept = torch.empty_like(lse), torch.empty_like(lse)
     for chain in launcher.chains:
@@ -226,9 +230,15 @@ def _bind_context(device: torch.device) -> None:
 
 @functools.lru_cache(maxsize=256)
 def _chains(pattern: Pattern, heads: int, keys: int, listed: bool) -> list[tuple[Pass, ...]]:
-    """The chains of passes; a sequence may be too short to have any summary column."""
+    """The chains of passes; a sequence may be too short to have any summary column.
+
+    Where that leaves a chain without passes, one that shows nothing writes its results.
+    """
     split = whole if listed else chains
-    return [tuple(p for p in chain if p.k_order.slots(keys)) for chain in split(pattern, heads)]
+    return [
+        tuple(p for p in chain if p.k_order.slots(keys)) or (Pass(Nothing(), chain[0].heads),)
+        for chain in split(pattern, heads)
+    ]
 
 
 @functools.lru_cache(maxsize=1024)

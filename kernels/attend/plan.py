@@ -16,7 +16,7 @@ from torch import Tensor
 from kernels.algebra import And, Full, Not, Or, Pattern
 from kernels.rules import Rule, rule_of, table_of
 from kernels.spans import Order
-from kernels.terms import Causal, Dilated, Fixed, Others, PerHead, Strided, Window
+from kernels.terms import Causal, Dilated, Fixed, Others, PerHead, Strided, Summary, Window
 from kernels.tiles import TileList, list_tiles
 
 # A row is cut into pieces of so many mean rows, but of no fewer tiles than this.
@@ -111,8 +111,7 @@ def _alternatives(pattern: Pattern) -> list[Pattern]:
         case And(operands=operands):
             choices = itertools.product(*map(_alternatives, operands))
             return [functools.reduce(Pattern.__and__, choice) for choice in choices]
-        case Fixed(length=block):
-            local = Window(0, 0, block)
+        case Fixed(local=local):
             return [local, pattern & Not(local)]
     return [pattern]
 
@@ -134,9 +133,9 @@ def _orders(part: Pattern) -> tuple[Order, Order]:
         match term:
             case Strided(stride=step) | Dilated(step=step) if step > 1:
                 return (Order(step=step, groups=step),) * 2
-            case Fixed(length=length, cells=cells, sub_block=sub_block):
-                first = length - cells * (sub_block + 1)
-                return SEQUENCE, Order(run=cells, step=length, first=first)
+            case Fixed(summary=columns) | (Summary() as columns):
+                order = Order(run=columns.cells, step=columns.length, first=columns.first)
+                return SEQUENCE, order
     return SEQUENCE, SEQUENCE
 
 

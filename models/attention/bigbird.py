@@ -1,27 +1,34 @@
-"""BigBird (Zaheer et al. 2020, arXiv:2007.14062): window, global and random blocks, causal form."""
+"""BigBird (Zaheer et al. 2020, arXiv:2007.14062): window, global and random blocks."""
 
-from torch import Tensor, nn
-
-from kernels.attend import attend
-from kernels.patterns import causal, global_tokens, random_blocks, window
-from models.attention import Context
-from models.attention.projections import Projections
+from kernels import patterns
+from models.attention.pattern import PatternAttention
+from models.attention.projections import MakeProjections, Projections
 
 
-class BigBirdAttention(nn.Module):
+class BigBirdAttention(PatternAttention):
     """Each block of queries sees its neighbours, the first blocks, and some drawn at random.
 
-    The paper's model is bidirectional (section 2, appendix D: block 64, 3 window, 2 global and 3
-    random blocks). In this causal form, which the paper does not define, the window is the query's
-    own block and the ones before it, the global blocks are seen but see no later token, and random
-    blocks are drawn among the earlier ones. Each head and layer draws its own.
+    Bidirectional (``causal=False``) it is the paper's ITC (section 2, appendix D: block 64, 3
+    window, 2 global and 3 random blocks): global blocks see everything and are seen by everything.
+    They are the first ones here; Google's code takes the first and the last. In the paper's ETC,
+    ``global_tokens`` that the model puts in front of the text (``global_vectors``) take the place
+    of global blocks; its relative labels are not built.
+
+    The causal form, which the paper does not define: the window is the query's own block and those
+    before it, global blocks are seen but see no later token, and random blocks are drawn among the
+    earlier ones. Every head and layer draws its own.
 
     Args:
+        causal: later tokens are hidden.
         block: tokens of a block.
-        window_blocks: blocks of the window, the query's own counted.
-        global_blocks: leading blocks that every later query sees; 0 for none.
+        window_blocks: blocks of the window, the query's own counted; odd if not causal.
+        global_blocks: leading blocks that are global; 0 for none.
+        global_tokens: leading tokens that are global, in front of the global blocks.
         random_blocks: blocks drawn for each block of queries; 0 for none.
         seed: selects the draw.
+
+    Raises:
+        ValueError: if a bidirectional window has no middle.
     """
 
     def __init__(
@@ -30,28 +37,28 @@ class BigBirdAttention(nn.Module):
         heads: int,
         layer: int,
         *,
+        causal: bool = True,
         block: int = 64,
         window_blocks: int = 3,
         global_blocks: int = 2,
+        global_tokens: int = 0,
         random_blocks: int = 3,
         seed: int = 0,
+        projections: MakeProjections = Projections,
     ):
-        super().__init__()
-        self.projections = Projections(dim, heads)
-        self.pattern = causal() & _seen(
-            block, window_blocks, global_blocks, random_blocks, seed, layer
-        )
-
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = self.projections.split(x, context)
-        out, _ = attend(q, k, v, self.pattern, documents=context.documents)
-        return self.projections.join(out)
-
-
-def _seen(block, window_blocks, global_blocks, drawn, seed, layer):
-    seen = window(window_blocks, block=block)
-    if global_blocks:
-        seen = seen | global_tokens(global_blocks * block)
-    if drawn:
-        seen = seen | random_blocks(drawn, block=block, seed=seed, layer=layer)
-    return seen
+        if causal:
+            seen = patterns.window(window_blocks, block=block)
+        elif window_blocks % 2:
+            side = window_blocks // 2
+            seen = patterns.window(side, side, block=block)
+        else:
+            raise ValueError(
+                f"a bidirectional window has the query's block in its middle, so window_blocks "
+                f"must be odd, got {window_blocks}."
+            )
+        if global_tokens or global_blocks:
+            seen = seen | patterns.global_tokens(global_tokens + global_blocks * block)
+        if random_blocks:
+            seen = seen | patterns.random_blocks(random_blocks, block=block, seed=seed)
+        pattern = patterns.causal() & seen if causal else seen
+        super().__init__(dim, heads, layer, pattern=pattern, projections=projections)

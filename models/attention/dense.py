@@ -1,13 +1,13 @@
-"""Full causal attention by torch's fastest kernel: the baseline that sparse attention must beat."""
+"""Full attention by torch's fastest kernel: the baseline that sparse attention must beat."""
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kernels.attend import attend
-from kernels.patterns import causal
+from kernels import patterns
 from models.attention import Context
-from models.attention.projections import Projections
+from models.attention.pattern import PatternAttention
+from models.attention.projections import MakeProjections, Projections
 
 # In the order of preference: cuDNN is the fastest on Hopper; a CPU uses FLASH.
 BACKENDS = [
@@ -18,19 +18,27 @@ BACKENDS = [
 ]
 
 
-class DenseAttention(nn.Module):
-    """Each token attends to itself and to every token before it."""
+class DenseAttention(PatternAttention):
+    """Each token attends to itself and to every token before it, or to all of them.
 
-    def __init__(self, dim: int, heads: int, layer: int):
-        super().__init__()
-        self.projections = Projections(dim, heads)
-        self.pattern = causal()
+    Args:
+        causal: later tokens are hidden.
+    """
 
-    def forward(self, x: Tensor, context: Context) -> Tensor:
-        q, k, v = self.projections.split(x, context)
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        layer: int,
+        *,
+        causal: bool = True,
+        projections: MakeProjections = Projections,
+    ):
+        pattern = patterns.causal() if causal else patterns.full()
+        super().__init__(dim, heads, layer, pattern=pattern, projections=projections)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if context.documents is not None:  # which torch's kernels cannot do without an L x L mask
-            out, _ = attend(q, k, v, self.pattern, documents=context.documents)
-            return self.projections.join(out)
+            return super().attend(q, k, v, context)
         with sdpa_kernel(BACKENDS, set_priority=True):
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.projections.join(out)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.pattern.is_causal)

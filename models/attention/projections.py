@@ -1,5 +1,7 @@
 """The linear maps around an attention: queries, keys and values in, heads out."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,32 +11,62 @@ from models.embeddings import rotate
 
 
 class Projections(nn.Module):
-    """Queries, keys and values with QK-norm and rotary positions, and the way back.
+    """Queries, keys and values, with QK-norm and rotary positions, and the way back.
 
     The output map starts at zero, so that a new block is the identity.
+
+    Args:
+        dim: width of the model, and of all values together.
+        heads: number of heads.
+        bias: all maps add a learned vector.
+        qk_norm: queries and keys are normalised, with a learned gain.
+        qk_dim: width of all queries together, and of all keys; None: ``dim``.
+
+    Raises:
+        ValueError: if ``qk_dim`` is no multiple of ``heads``.
 
     Source:
         QK-norm: Henry et al. 2020, arXiv:2010.04245, with RMSNorm and a learned gain in place of
         the learned temperature.
     """
 
-    def __init__(self, dim: int, heads: int):
+    def __init__(
+        self,
+        dim: int,
+        heads: int,
+        *,
+        bias: bool = False,
+        qk_norm: bool = True,
+        qk_dim: int | None = None,
+    ):
         super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
-        self.out = nn.Linear(dim, dim, bias=False)
-        self.q_gain = nn.Parameter(torch.ones(dim // heads))
-        self.k_gain = nn.Parameter(torch.ones(dim // heads))
+        qk_dim = dim if qk_dim is None else qk_dim
+        if qk_dim < 1 or qk_dim % heads:
+            raise ValueError(
+                f"qk_dim must be a multiple of heads={heads}, got {qk_dim}; null is the width of "
+                f"the model."
+            )
+        self.dim, self.heads, self.qk_dim = dim, heads, qk_dim
+        self.qkv = nn.Linear(dim, 2 * qk_dim + dim, bias=bias)
+        self.out = nn.Linear(dim, dim, bias=bias)
+        self.q_gain = self.k_gain = None
+        if qk_norm:
+            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(qk_dim // heads)) for _ in range(2))
         nn.init.normal_(self.qkv.weight, std=dim**-0.5)
         nn.init.zeros_(self.out.weight)
+        if bias:
+            nn.init.zeros_(self.qkv.bias)
+            nn.init.zeros_(self.out.bias)
 
     def split(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """``(B, L, dim)`` -> q, k, v, each ``(B, H, L, D)``, views of ``(B, L, H, D)`` memory."""
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).transpose(1, 3).unbind(2)
-        q, k = (
-            F.rms_norm(t, t.shape[-1:], gain.to(t.dtype))
-            for t, gain in ((q, self.q_gain), (k, self.k_gain))
-        )
+        parts = self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
+        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
+        if self.q_gain is not None:
+            q, k = (
+                F.rms_norm(t, t.shape[-1:], gain.to(t.dtype))
+                for t, gain in ((q, self.q_gain), (k, self.k_gain))
+            )
         if context.rotary is not None:
             q, k = rotate(q, context.rotary), rotate(k, context.rotary)
         return q, k, v
@@ -42,3 +74,6 @@ class Projections(nn.Module):
     def join(self, out: Tensor) -> Tensor:
         """``(B, H, L, D)`` -> ``(B, L, dim)``."""
         return self.out(out.transpose(1, 2).flatten(2))
+
+
+MakeProjections = Callable[[int, int], Projections]  # from (dim, heads)

@@ -1,0 +1,53 @@
+"""Initial weights as papers draw them: functions that are applied to a whole model.
+
+Without one, a model starts with zero output maps, every block being the identity.
+"""
+
+import math
+
+from torch import nn
+
+from models.embeddings import RasterPositions
+
+
+def sparse_transformer(model: nn.Module) -> None:
+    """Weights of variance ``0.125 / inputs``; output maps of blocks ``1 / sqrt(2 N)`` of that.
+
+    ``N`` is the number of blocks, each of which adds to the residual stream twice. Embeddings are
+    drawn with a standard deviation of ``0.125 / sqrt(dim)``, positions with that over
+    ``sqrt(n_emb)``. The logits start at zero.
+
+    Source:
+        Sparse Transformer, Child et al. 2019, arXiv:1904.10509, sections 5.2, 5.3 and 6. What the
+        text calls ``N(0, 0.125 / sqrt(d_in))`` is ``sqrt(0.125 / d_in)`` in the released code.
+    """
+    for name, linear in _linears(model):
+        scale = (2 * len(model.blocks)) ** -0.5 if name.endswith(".out") else 1.0
+        nn.init.normal_(linear.weight, std=scale * math.sqrt(0.125 / linear.in_features))
+    std = 0.125 / math.sqrt(model.dim)
+    nn.init.normal_(model.embedding.weight, std=std)
+    for positions in _positions(model):
+        positions.reset(std)
+
+
+def scaled_normal(model: nn.Module, *, std: float = 0.02) -> None:
+    """Every weight from ``N(0, std^2)``; output maps of blocks ``1 / sqrt(2 N)`` of that.
+
+    Source:
+        GPT-2, Radford et al. 2019, section 2.3, with the embeddings of BERT, Devlin et al. 2018.
+    """
+    for name, linear in _linears(model):
+        scale = (2 * len(model.blocks)) ** -0.5 if name.endswith(".out") else 1.0
+        nn.init.normal_(linear.weight, std=scale * std)
+    nn.init.normal_(model.embedding.weight, std=std)
+    for positions in _positions(model):
+        positions.reset(std)
+
+
+def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
+    """The maps of the blocks, whose biases are zero already."""
+    return [(n, m) for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]
+
+
+def _positions(model: nn.Module) -> list[RasterPositions]:
+    return [module for module in model.modules() if isinstance(module, RasterPositions)]
