@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from evaluation.generation import generate
 from kernels.patterns import (
     causal,
     dilated,
@@ -18,6 +20,7 @@ from kernels.patterns import (
 )
 from kernels.reach import cache_plan, last_queries
 from models.attention.cache import KeyValueCache
+from tests.configs import SMALL, composed
 from tests.oracle import dense_attention, dense_mask
 from tests.test_patterns import patterns
 
@@ -128,3 +131,100 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
         torch.testing.assert_close(out[:, :, 0], wanted[:, :, i], rtol=1e-5, atol=1e-5)
     assert cache.tokens == length
     assert cache.keys.shape[2] == max(most_kept(pattern, length, heads))
+
+
+# ------------------------------------------------------------------------------------- models
+
+FAMILIES = [
+    ["model=dense"],
+    ["model=dense", "data.documents=pack"],
+    ["model=dense", "model.rotary_base=null", "model.matrix_shape=[5,20]"],
+    ["model=bigbird", "model.attention.bigbird.block=8"],
+    ["model=longformer", "model.attention.longformer={window: [8, 16], dilation: 3}"],
+    ["model=longformer", "model.attention.longformer={window: 16, global_tokens: 3}"],
+    ["model=sparse_transformer", "model.attention.sparse_transformer={stride: 16, cells: 4}"],
+    [
+        "model=sparse_transformer",
+        "model.attention.sparse_transformer={stride: 16, kind: strided, use: merged}",
+        "model.rotary_base=null",
+        "+model.attention.sparse_transformer.projections={_target_: "
+        "models.attention.projections.Projections, _partial_: true, qk_dim: 16}",
+    ],
+    [
+        "model=sparse_transformer",
+        "model.attention.sparse_transformer={stride: 16, cells: 4, use: heads}",
+    ],
+    [
+        "model=bigbird",
+        "model.attention.bigbird.block=8",
+        "+model.attention.last={_target_: models.attention.pattern.PatternAttention, "
+        "_partial_: true, pattern: 'causal() & window(12)'}",
+        "model.layout=[bigbird,last]",
+    ],
+]
+
+
+def build(*overrides: str):
+    """A model that has learned nothing but does something: no matrix of it is zero."""
+    model = instantiate(composed(*SMALL, "model.heads=4", *overrides).model).eval()
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def predicted(model, tokens, first: int):
+    """Logits after ``tokens[:, :first]`` and each one that follows, from a cache."""
+    cache = model.cache(tokens.shape[1])
+    yield model.next_logits(tokens[:, :first], cache)
+    for n in range(first, tokens.shape[1]):
+        yield model.next_logits(tokens[:, n : n + 1], cache)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", FAMILIES, ids=" ".join)
+@pytest.mark.parametrize("first", [1, 23])
+def test_cached_predictions_are_those_of_the_whole_text(overrides, first, device):
+    model = build(*overrides).to(device)
+    tokens = torch.randint(256, (2, 75), device=device)
+    tokens[:, 0] = 256  # the start id
+    wanted = model(tokens)[:, first - 1 :]
+    found = torch.stack(list(predicted(model, tokens, first)), dim=1)
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("prompt", [0, 1, 40])
+def test_a_cached_text_is_the_one_that_reading_it_all_again_gives(prompt, device):
+    model = build("model=bigbird", "model.attention.bigbird.block=8").to(device)
+    prompt = torch.randint(256, (2, prompt), device=device)
+    text = generate(model, prompt, 30, temperature=0)
+    sequence = torch.cat((torch.full_like(text[:, :1], 256), text), dim=1)
+    with torch.inference_mode():
+        wanted = model(sequence)[:, prompt.shape[1] : -1].argmax(dim=-1)
+    assert torch.equal(text[:, prompt.shape[1] :], wanted)
+
+
+def test_half_precision_is_cached_in_half_precision(device):
+    model = build("model=longformer", "model.attention.longformer.window=16").to(device)
+    tokens = torch.randint(256, (1, 50), device=device)
+    with torch.no_grad():
+        wanted = model(tokens)[:, 9:]
+        with torch.autocast(device.type, dtype=torch.bfloat16):
+            cache = model.cache(50)
+            found = [model.next_logits(tokens[:, :10], cache)]
+            found += [model.next_logits(tokens[:, n : n + 1], cache) for n in range(10, 50)]
+    assert cache[0].keys.dtype == cache[0].values.dtype == torch.bfloat16
+    assert cache[0].keys.shape == (1, 4, 16, 8)
+    found = torch.stack(found, dim=1).float()
+    assert (found - wanted).norm() / wanted.norm() < 0.03
+
+
+def test_a_model_that_cannot_go_so_far_is_refused_before_it_begins():
+    prompt = torch.zeros(1, 10, dtype=torch.long)
+    raster = build("model=dense", "model.rotary_base=null", "model.matrix_shape=[5,4]")
+    assert generate(raster, prompt, 10).shape == (1, 20)
+    assert generate(raster, prompt, 25, context=20).shape == (1, 35)
+    with pytest.raises(ValueError, match=r"learned positions reach 20 tokens \(5, 4\), got 35"):
+        generate(raster, prompt, 25)
+    with pytest.raises(ValueError, match=r"needs a causal pattern, got full\(\)"):
+        generate(build("model=dense", "+model.attention.dense.causal=false"), prompt, 1)
