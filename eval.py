@@ -5,15 +5,19 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import hydra
 import numpy as np
 import torch
 from omegaconf import DictConfig
 
+from data.corpus import Split
 from data.module import TOKENIZER, SequenceData
 from evaluation.generation import generate
 from evaluation.images import complete, draw
+from evaluation.likelihood import Likelihood
+from evaluation.masked import score_masked
 from evaluation.positions import draw_positions
 from evaluation.report import results, score, table
 from training.checkpoint import model_weights, read_checkpoint, rebuild
@@ -69,6 +73,8 @@ def evaluate(config: DictConfig) -> None:
     if (folder / TOKENIZER).exists():  # the one of the training, whatever else is in the cache
         changed["tokenizer"] = str(folder / TOKENIZER)
     data = rebuild(checkpoint["config"], "data", **changed)
+    if data.masking is not None:
+        require_next_token(config)
     model = rebuild(checkpoint["config"], "model")
     model.load_state_dict(model_weights(checkpoint))
     model.eval().to(device_of(config))
@@ -87,15 +93,7 @@ def evaluate(config: DictConfig) -> None:
     if config.images is not None:
         draw_images(model, data, config, folder)
     with autocast(config):
-        sums, settings = score(
-            model,
-            scored.tokens,
-            scored.starts,
-            data.units,
-            context=context,
-            stride=config.stride,
-            batch_tokens=config.batch_tokens,
-        )
+        sums, settings = score_split(model, data, scored, config, context)
     result = {
         "checkpoint": str(config.checkpoint),
         "step": checkpoint["global_step"],
@@ -105,7 +103,7 @@ def evaluate(config: DictConfig) -> None:
             sums,
             measure=data.measure,
             words=data.words(scored),
-            tokens_in_split=len(split),
+            tokens=(len(scored), len(split)),
             documents=(len(scored.starts), len(split.starts)),
             note=split.note,
         ),
@@ -117,6 +115,26 @@ def evaluate(config: DictConfig) -> None:
 
     if sample is not None:
         print("\n" + sample)
+
+
+def require_next_token(config: DictConfig) -> None:
+    """Refuse what only models of the next token do."""
+    for key in ("stride", "prompt", "images"):
+        if config[key] is not None:
+            raise ValueError(
+                f"{key} is for models that predict the next token, and this one predicts masked "
+                f"tokens; leave it out."
+            )
+
+
+def score_split(
+    model: torch.nn.Module, data: SequenceData, split: Split, config: DictConfig, context: int
+) -> tuple[Likelihood, dict[str, Any]]:
+    sizes = {"context": context, "batch_tokens": config.batch_tokens}
+    if data.masking is not None:
+        windows = data.evaluation_windows(split, context)
+        return score_masked(model, windows, data.units, tokens=len(split), **sizes)
+    return score(model, split.tokens, split.starts, data.units, stride=config.stride, **sizes)
 
 
 def folder_of(checkpoint: Path) -> Path:

@@ -43,7 +43,7 @@ def versions() -> dict[str, str]:
         "triton": triton.__version__,
         "cuda": str(torch.version.cuda),
         "cudnn": str(torch.backends.cudnn.version()),
-        "command": " ".join(["python -m bench.kernels", *sys.argv[1:]]),
+        "command": " ".join([f"python -m bench.{Path(sys.argv[0]).stem}", *sys.argv[1:]]),
     }
 
 

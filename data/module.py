@@ -15,6 +15,7 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from torch.utils.data import DataLoader
 
 from data.corpus import Corpus, Split
+from data.masking import EVALUATION, TRAINING, MaskedWindows, Masking
 from data.vocabulary import Vocabulary
 from data.windows import (
     DOCUMENTS,
@@ -32,6 +33,8 @@ VALIDATION_TOKENS_ON_CPU = 1 << 16
 
 class SequenceData(L.LightningDataModule):
     """Windows of a corpus, ``(B, length + 1)`` int64: see `data.windows`.
+
+    With masked tokens they are inputs and targets, ``(B, 2, length)``: see `data.masking`.
 
     A training step sees the same ``batch_tokens`` tokens for any number of devices, workers and
     micro-batches, and training starts at the trainer's ``global_step``, so a resumed run continues
@@ -57,6 +60,7 @@ class SequenceData(L.LightningDataModule):
         tokenizer: for a corpus that offers several, the name of one.
         exclude_rows: for a corpus with such a choice, a CSV file of rows to leave out of the test.
         image_shape: rows, columns and channels, for a corpus of images.
+        masking: which tokens are masked, for models that predict them; None: none.
 
     Raises:
         ValueError: if the numbers of tokens do not divide as they must, or a name is unknown.
@@ -80,6 +84,7 @@ class SequenceData(L.LightningDataModule):
         tokenizer: str | None = None,
         exclude_rows: str | None = None,
         image_shape: Sequence[int] | None = None,
+        masking: Masking | None = None,
     ):
         super().__init__()
         _require_multiple("data.length", length, "", 1)
@@ -103,6 +108,7 @@ class SequenceData(L.LightningDataModule):
         self.batch_tokens, self.micro_tokens = batch_tokens, micro_tokens
         self.validation_tokens = validation_tokens
         self.workers, self.seed = workers, seed
+        self.masking = masking
         self._prepared = False
 
     @property
@@ -142,8 +148,10 @@ class SequenceData(L.LightningDataModule):
 
     @property
     def measure(self) -> str:
-        """In which unit results are reported: ``bits_per_byte`` or ``bits_per_dim``."""
-        return self.corpus.measure
+        """In which unit results are reported, such as ``bits_per_byte``."""
+        if self.masking is None:
+            return self.corpus.measure
+        return self.corpus.measure.replace("bits_per_", "bits_per_masked_")
 
     @property
     def units(self) -> np.ndarray:
@@ -157,7 +165,7 @@ class SequenceData(L.LightningDataModule):
 
     def words(self, split: Split) -> int | None:
         """Words of a part of the corpus, None where no word-level results are reported."""
-        return self.corpus.words(split)
+        return self.corpus.words(split) if self.masking is None else None
 
     @cached_property
     def validation_words(self) -> int | None:
@@ -193,10 +201,19 @@ class SequenceData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """This device's part of the validation tokens; all devices have equally many batches."""
-        windows = EvaluationWindows(self._stream(self._validation), self.length)
+        windows = self.evaluation_windows(self._validation, self.length)
         order = evaluation_order(len(windows), **self._device_share)
         # Reading a batch takes microseconds, starting workers for every validation far longer.
         return self._loader(windows, order, workers=0)
+
+    def evaluation_windows(self, split: Split, length: int) -> EvaluationWindows | MaskedWindows:
+        """Windows of ``length`` tokens end to end over a split, masked alike at each evaluation.
+
+        Raises:
+            ValueError: if ``length`` is not positive.
+        """
+        _require_multiple("context", length, "", 1)
+        return self._masked(EvaluationWindows(self._stream(split), length), EVALUATION)
 
     def _loader(self, windows: Any, order: Iterable[range], *, workers: int) -> DataLoader:
         return DataLoader(
@@ -214,8 +231,16 @@ class SequenceData(L.LightningDataModule):
         default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
         return self.split("validation").first(self.validation_tokens or default)
 
-    def _training_windows(self) -> TrainingWindows:
-        return TrainingWindows(self._stream(self.split("train")), self.length, self.seed)
+    def _training_windows(self) -> TrainingWindows | MaskedWindows:
+        windows = TrainingWindows(self._stream(self.split("train")), self.length, self.seed)
+        return self._masked(windows, (self.seed, TRAINING))
+
+    def _masked(
+        self, windows: TrainingWindows | EvaluationWindows, seed: Sequence[int]
+    ) -> TrainingWindows | EvaluationWindows | MaskedWindows:
+        if self.masking is None:
+            return windows
+        return MaskedWindows(windows, self.masking, self.vocab_size, seed)
 
     def _stream(self, split: Split) -> Stream:
         return Stream(split, self.documents, self.vocab_size)

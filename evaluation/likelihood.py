@@ -102,7 +102,7 @@ def likelihood(
         for target, window in zip(targets, batch, strict=True):
             target[: window.scored - window.start] = -1
         nats = model.nats(rows[:, :-1].clamp(min=0).to(device), targets.to(device))
-        yield _by_position(nats.double().cpu().numpy(), targets.numpy(), units, context)
+        yield by_position(nats.double().cpu().numpy(), targets.numpy(), units, context)
 
 
 def total(parts: Iterable[Likelihood]) -> Likelihood:
@@ -113,9 +113,10 @@ def total(parts: Iterable[Likelihood]) -> Likelihood:
     )
 
 
-def _by_position(
+def by_position(
     nats: np.ndarray, targets: np.ndarray, units: np.ndarray, context: int
 ) -> Likelihood:
+    """Sums over the windows of a batch, ``(B, L)`` each; a target of -1 is not scored."""
     scored = targets >= 0
     units = np.where(scored, units[targets], 0)
     sums = (nats.sum(axis=0), units.sum(axis=0), scored.sum(axis=0))

@@ -44,6 +44,34 @@ def bits_per_dim(nats: float, num_dims: int) -> float:
     return _bits_per("dims", nats, num_dims)
 
 
+def bits_per_masked_byte(nats: float, num_bytes: int) -> float:
+    """A summed loss of masked tokens as bits per byte that was masked.
+
+    Not to be compared with bits per byte: what is masked is predicted from both sides, and says
+    nothing of how well the text could be compressed.
+
+    Args:
+        nats: negative log-likelihood summed over all scored tokens (not averaged), in nats.
+        num_bytes: bytes of the text that those tokens stand for, and no others.
+
+    Returns:
+        Bits per masked byte; a uniform guess over single bytes has 8.
+
+    Raises:
+        ValueError: if ``num_bytes`` is not positive.
+
+    Source:
+        "MLM BPC" of Longformer (Beltagy et al. 2020, arXiv:2004.05150, section 5) and BigBird
+        (Zaheer et al. 2020, arXiv:2007.14062, appendix E.1).
+    """
+    return _bits_per("masked bytes", nats, num_bytes)
+
+
+def bits_per_masked_dim(nats: float, num_dims: int) -> float:
+    """A summed loss of masked values of images as bits per value; see `bits_per_masked_byte`."""
+    return _bits_per("masked dims", nats, num_dims)
+
+
 def word_perplexity(nats: float, words: int) -> float:
     """Perplexity of a word, whatever the tokens: 2 to the power of total bits over words.
 
@@ -64,7 +92,12 @@ def word_perplexity(nats: float, words: int) -> float:
         return float(np.exp2(_bits_per("words", nats, words)))
 
 
-MEASURES = {"bits_per_byte": bits_per_byte, "bits_per_dim": bits_per_dim}
+MEASURES = {
+    "bits_per_byte": bits_per_byte,
+    "bits_per_dim": bits_per_dim,
+    "bits_per_masked_byte": bits_per_masked_byte,
+    "bits_per_masked_dim": bits_per_masked_dim,
+}
 
 
 def _bits_per(unit: str, nats: float, count: int) -> float:

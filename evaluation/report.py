@@ -58,7 +58,7 @@ def results(
     *,
     measure: str,
     words: int | None,
-    tokens_in_split: int,
+    tokens: tuple[int, int],
     documents: tuple[int, int],
     note: str | None,
 ) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def results(
         sums: over all scored tokens.
         measure: a name of `MEASURES`.
         words: words of the scored text; None where there are no word-level results.
-        tokens_in_split: tokens of the whole split.
+        tokens: how many were read, and how many the split has.
         documents: how many were scored, at least in part, and how many the split has.
         note: what the report must say about the split.
     """
@@ -76,8 +76,13 @@ def results(
     found: dict[str, Any] = {measure: MEASURES[measure](nats, units)}
     if words is not None:
         found |= {"word_perplexity": word_perplexity(nats, words), "words_scored": words}
-    found[f"{measure.removeprefix('bits_per_')}s_scored"] = units
-    found |= {"tokens_scored": int(sums.tokens.sum()), "tokens_in_split": tokens_in_split}
+    unit = measure.removeprefix("bits_per_")
+    found[f"{unit}s_scored"] = units
+    if unit.startswith("masked_"):  # only some of the tokens that were read
+        found["masked_tokens_scored"] = int(sums.tokens.sum())
+        found |= dict(zip(("tokens_read", "tokens_in_split"), tokens, strict=True))
+    else:
+        found |= dict(zip(("tokens_scored", "tokens_in_split"), tokens, strict=True))
     found |= dict(zip(("documents_scored", "documents_in_split"), documents, strict=True))
     return found if note is None else found | {"note": note}
 
@@ -86,7 +91,8 @@ def table(result: dict[str, Any]) -> str:
     """The numbers of one evaluation as aligned text, one a line."""
     shown = {}
     for name, value in result.items():
-        if name.endswith("_scored") and (whole := result.get(name[: -len("scored")] + "in_split")):
+        counted, _, done = name.rpartition("_")
+        if done in ("scored", "read") and (whole := result.get(f"{counted}_in_split")):
             part = "all" if value == whole else f"the first of {whole:,}"
             shown[name] = f"{value:,} ({part})"
         elif name in MEASURES:

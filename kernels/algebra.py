@@ -24,6 +24,8 @@ from kernels.spans import (
 )
 from kernels.tiles import TileList, count_cells, list_tiles
 
+_ENCODED = 256  # texts are filled up to whole multiples, so that few lengths differ
+
 
 class Pattern:
     """A set of visible cells ``(i, j)``, possibly another one in every head."""
@@ -31,6 +33,23 @@ class Pattern:
     differs_by_head = False  # True if heads may see different keys
     is_causal = False  # True if it is certain that no query sees a later key
     sees_itself = False  # True if it is certain that every query sees its own position
+    _encoded = None
+
+    @property
+    def encoded(self) -> Tensor:
+        """The canonical text as bytes, uint8 on the CPU, filled up with spaces; made once.
+
+        What an operator of torch takes: a number or a text would be a constant of the graph that
+        `torch.compile` makes, and every layer with a pattern of its own would need its own graph.
+        """
+        if self._encoded is not None:
+            return self._encoded
+        text = repr(self)
+        filled = text + " " * (-len(text) % _ENCODED)
+        encoded = torch.tensor([ord(letter) for letter in filled], dtype=torch.uint8)
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_encoded", encoded)
+        return encoded
 
     def visible(self, i: Tensor, j: Tensor, head: int | Tensor = 0, *, length=None) -> Tensor:
         """Whether query ``i`` sees key ``j``: the definition, elementwise.

@@ -256,11 +256,13 @@ def parse(text: str) -> Pattern:
     Raises:
         ValueError: if the text is not such an expression, or a term refuses its arguments.
     """
+    line = " ".join(text.split())
     try:
-        return _build(ast.parse(text.strip(), mode="eval").body)
+        return _build(ast.parse(line, mode="eval").body)
     except (SyntaxError, TypeError) as error:
+        reason = error.msg if isinstance(error, SyntaxError) else error
         raise ValueError(
-            f"cannot read the pattern {text!r}: {error}; write terms such as "
+            f"cannot read the pattern {line!r}: {reason}; write terms such as "
             f"{', '.join(_CONSTRUCTORS)} joined by & and |."
         ) from error
 
@@ -280,9 +282,11 @@ def _build(node: ast.expr) -> Pattern:
 
 
 def _argument(node: ast.expr) -> int | str | Pattern:
-    if isinstance(node, ast.Call | ast.BinOp):
-        return _build(node)
-    value = ast.literal_eval(node)
-    if type(value) not in (int, str):
-        raise TypeError(f"{ast.unparse(node)} is not a whole number")
-    return value
+    match node:
+        case ast.Call() | ast.BinOp():
+            return _build(node)
+        case ast.Constant(value=int() | str() as value) if type(value) is not bool:
+            return value
+        case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() as value)):
+            return -value
+    raise TypeError(f"{ast.unparse(node)} is not a whole number")

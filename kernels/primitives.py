@@ -22,7 +22,7 @@ GATHERED = tl.constexpr(2)  # runs of `run` tokens, one every `step` tokens, fro
 # (Strides stay: that a row is contiguous and aligned makes its loads wide.)
 _COUNTS = [
     "group_size", "table_stride", "heads", "launch_heads", "work", "slots", "rows", "queries",
-    "keys", "q_step", "k_run", "k_step", "k_first", "tokens", "run", "step", "first",
+    "keys", "q_step", "k_run", "k_step", "k_first", "tokens", "length", "run", "step", "first",
 ]  # fmt: skip
 
 

@@ -78,11 +78,3 @@ def rotary_tables(
     position = torch.arange(first, first + length, device=device, dtype=torch.float32)
     angle = position[:, None] * base ** (-pairs / head_size)
     return angle.cos(), angle.sin()
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs ``(x[d], x[d + D / 2])`` of ``x (B, H, L, D)`` by their angles, in float32."""
-    cos, sin = tables
-    first, second = x.float().chunk(2, dim=-1)
-    turned = torch.cat((first * cos - second * sin, first * sin + second * cos), dim=-1)
-    return turned.to(x.dtype)

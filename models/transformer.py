@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -62,6 +63,9 @@ class Transformer(nn.Module):
             rotary positions.
         documents: ``"pack"``: each start id among the tokens begins a document, which sees none
             of the others; ``"stream"`` or ``"split"``: all tokens of a row are of one document.
+        masked: the model predicts masked tokens: the embedding has a row for the mask id, which is
+            ``vocab_size + 1``, and a start id among the tokens always begins a document, because
+            padding is one, and would be seen by the tokens before it.
         image_shape: rows, columns and channels of the images that the tokens are: adds a learned
             embedding of each, so sequences must begin where an image does; None: no images.
         matrix_shape: rows and columns: adds a learned embedding of each, as if the text were
@@ -93,6 +97,7 @@ class Transformer(nn.Module):
         tied_head: bool = False,
         rotary_base: float | None = 10_000.0,
         documents: str = "stream",
+        masked: bool = False,
         image_shape: Sequence[int] | None = None,
         matrix_shape: Sequence[int] | None = None,
         global_vectors: int = 0,
@@ -103,13 +108,14 @@ class Transformer(nn.Module):
         _check_sizes(dim, layers, heads, dropout, global_vectors)
         _check_names(attention, layout, documents, norm)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
-        self.rotary_base, self.documents, self.recompute = rotary_base, documents, recompute
+        self.rotary_base, self.documents, self.masked = rotary_base, documents, masked
+        self.recompute = recompute
         self.layout = [layout[n % len(layout)] for n in range(layers)]
-        self.embedding = nn.Embedding(vocab_size + 1, dim)
+        self.embedding = nn.Embedding(vocab_size + 1 + masked, dim)
         self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
         self.blocks = nn.ModuleList(
             Block(
-                attention[name](dim, heads, layer),
+                _attention(name, attention[name], dim, heads, layer),
                 feed_forward(dim, hidden),
                 lambda: NORMS[norm](dim),
                 dropout,
@@ -132,7 +138,7 @@ class Transformer(nn.Module):
             initialise(self)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids ``(B, L)`` -> logits of each next token ``(B, L, vocab_size)``."""
+        """Token ids ``(B, L)`` -> logits of each next (or masked) token ``(B, L, vocab_size)``."""
         return self.head(self.hidden_states(tokens))
 
     def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
@@ -188,9 +194,13 @@ class Transformer(nn.Module):
         return rotary_tables(length, self.dim // self.heads, self.rotary_base, device, first)
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
-        if self.documents != "pack":
+        starts = tokens == self.vocab_size
+        # Rows without padding are the rule, and attention is faster without documents.
+        if self.documents != "pack" and not (self.masked and starts.any()):
             return None
-        return (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
+        documents = starts.cumsum(dim=1, dtype=torch.int32)
+        extra = 0 if self.global_vectors is None else len(self.global_vectors)
+        return F.pad(documents, (extra, 0))  # of the first document: the others are padding
 
     def set_windows(self, windows: Sequence[int]) -> None:
         """Give each layer a window of its own, as Longformer's staged training does.
@@ -228,6 +238,13 @@ class Transformer(nn.Module):
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
         attention = sum(block.attention.flops_per_token(length) for block in self.blocks)
         return 6 * (matrices + self.dim * self.vocab_size) + 3 * attention
+
+
+def _attention(name: str, make: Callable[[int, int, int], nn.Module], *arguments) -> nn.Module:
+    try:
+        return make(*arguments)
+    except ValueError as error:  # an attention does not know by which name it is configured
+        raise ValueError(f"model.attention.{name}: {error}") from error
 
 
 def _check_sizes(dim, layers, heads, dropout, global_vectors) -> None:

@@ -215,11 +215,16 @@ def test_a_pattern_that_says_it_is_causal_shows_no_later_key(pattern, length):
         assert not pattern.dense(length).triu(1).any()
 
 
+def test_text_may_have_several_lines():
+    assert parse("\n  causal()\n  & window(3)\n") == causal() & window(3)
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "causal(", "windw(3)", "window('3')", "window(3) + causal()", "__import__('os')",
      "window(3, blck=2)", "causal() & 3", "causal().dense(3)", "window(True)",
-     "~causal()", "per_head(3)", "global_tokens(causal())", "blocks(3, block=1)", "strided(2.5)"],
+     "~causal()", "per_head(3)", "global_tokens(causal())", "blocks(3, block=1)", "strided(2.5)",
+     "window(w)", "window(*[3])", "window(-causal())"],
 )  # fmt: skip
 def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
     with pytest.raises(ValueError, match="cannot read the pattern"):

@@ -16,6 +16,7 @@ from data.vocabulary import Bytes
 from training import optimizers, schedules
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
+from training.objectives import NextToken
 from training.task import SequenceTask
 from training.trainer import make_trainer
 
@@ -54,6 +55,9 @@ class TinyModel(nn.Module):
         logits = self(inputs).flatten(0, 1).float()
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
         return nats, (targets >= 0).sum()
+
+    def patterns(self) -> dict:
+        return {}
 
     def flops_per_token(self, length: int) -> float:
         return 1e6
@@ -134,6 +138,7 @@ def tiny_trainer(output, recorder: Recorder, *, callbacks=(), **settings) -> L.T
 def tiny_task(dropout: float = 0.0, optimizer=None, schedule=None) -> SequenceTask:
     return SequenceTask(
         model=TinyModel(dropout),
+        objective=NextToken(),
         optimizer=optimizer
         or partial(optimizers.adamw, lr=1e-2, betas=(0.9, 0.95), weight_decay=0.1, eps=1e-8),
         schedule=schedule or partial(schedules.cosine, warmup_steps=2, final=0.1),

@@ -10,37 +10,44 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from evaluation.measures import MEASURES, word_perplexity
-from training.objectives import next_token
+from training.objectives import MaskedToken, NextToken, check_attention
 from training.progress import Budget, count_batches_from_steps
 
 MAX_SKIPPED_IN_A_ROW = 10
 
 
 class SequenceTask(L.LightningModule):
-    """Learns to predict the next token. Batches are ``(B, L + 1)`` token ids.
+    """Learns what its objective asks of each batch.
 
     The loss that is optimised is in nats per token; ``train/loss_nats`` and the measure of the data
-    (``train/bits_per_byte`` or ``train/bits_per_dim``) are means over all scored tokens of an
-    optimizer step, over accumulated micro-batches and ranks. ``val/word_perplexity`` is there for
-    data that have word-level results.
+    (``train/bits_per_byte``, say) are means over all scored tokens of an optimizer step, over
+    accumulated micro-batches and ranks. ``val/word_perplexity`` is there for data that have
+    word-level results.
     A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
 
     Args:
-        model: has ``loss(inputs, targets) -> (nats, count)``.
+        model: has ``loss(inputs, targets) -> (nats, count)``, ``vocab_size`` (the start id) and
+            ``patterns()``.
+        objective: splits a batch into inputs and targets.
         optimizer: makes the optimizer from the model; its learning rates are the peak rates.
         schedule: ``(step, progress) -> factor`` of the peak rates.
         seed: what dropout draws depends on this, the step, the micro-batch and the rank alone.
+
+    Raises:
+        ValueError: if the model's attention cannot be trained on this objective.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        objective: NextToken | MaskedToken,
         optimizer: Callable[[nn.Module], Optimizer],
         schedule: Callable[[int, float], float],
         seed: int,
     ):
         super().__init__()
-        self.model = model
+        check_attention(objective, model.patterns())
+        self.model, self.objective = model, objective
         self._make_optimizer = optimizer
         self._schedule = schedule
         self._seed = seed
@@ -62,7 +69,7 @@ class SequenceTask(L.LightningModule):
         return optimizer
 
     def on_fit_start(self) -> None:
-        # Of targets that are not scored, 0: index vocab_size is the start id, -1 the padding.
+        # Of a target that is not scored, 0: it is -1, the index of the last one.
         self._units = torch.tensor([*self.trainer.datamodule.units, 0], device=self.device)
 
     # Training
@@ -74,10 +81,11 @@ class SequenceTask(L.LightningModule):
 
     def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
         self._seed_generators()
-        nats, count = next_token(self.model, batch)
-        self._micro_batches.append(self._sums(nats, count, batch))
+        inputs, targets = self.objective.split(batch, self.model.vocab_size)
+        nats, count = self.model.loss(inputs, targets)
+        self._micro_batches.append(self._sums(nats, count, targets))
         # Not by `count`: each token weighs the same, in whatever micro-batch it is.
-        return nats / batch[:, 1:].numel()
+        return nats / (self.objective.share * targets.numel())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         factor = self._schedule(self.trainer.global_step, self.budget.progress)
@@ -147,7 +155,8 @@ class SequenceTask(L.LightningModule):
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
     def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        self._validation += self._sums(*next_token(self.model, batch), batch)
+        inputs, targets = self.objective.split(batch, self.model.vocab_size)
+        self._validation += self._sums(*self.model.loss(inputs, targets), targets)
 
     def on_validation_epoch_end(self) -> None:
         nats, _, units = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()
@@ -160,9 +169,9 @@ class SequenceTask(L.LightningModule):
             metrics["val/word_perplexity"] = word_perplexity(nats, data.validation_words)
         self.log_dict(metrics)
 
-    def _sums(self, nats: Tensor, count: Tensor, batch: Tensor) -> Tensor:
+    def _sums(self, nats: Tensor, count: Tensor, targets: Tensor) -> Tensor:
         """Nats, scored tokens and their units in float64: a sum over many batches loses nothing."""
-        units = self._units[batch[:, 1:]].sum()
+        units = self._units[targets].sum()
         return torch.stack([nats.detach().double(), count.double(), units.double()])
 
     # Checkpoints

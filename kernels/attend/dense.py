@@ -46,23 +46,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float):
             q, k, v, 0.0, is_causal, False, scale=scale
         )
     out, lse = found[0], found[1].detach().reshape(q.shape[:3])
-    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, repr(pattern), scale)
+    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, pattern.encoded, scale)
 
 
 class _LogSumExp(torch.autograd.Function):
     """The lse as it is, and its gradient by the fused kernels, if anything asks for it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, text: str, scale: float):
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.plain = text, scale
+    def forward(ctx, q, k, v, out, lse, encoded: Tensor, scale: float):
+        ctx.save_for_backward(q, k, v, out, lse, encoded)
+        ctx.scale = scale
         return lse.view_as(lse)
 
     @staticmethod
     def backward(ctx, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
+        q, k, v, out, lse, encoded = ctx.saved_tensors
         nothing = torch.zeros_like(out)
-        rest = (*ctx.plain, None, None, None, None, None, None, [])
+        rest = (encoded, ctx.scale, None, None, None, None, None, None, [])
         grads = torch.ops.strider.attend_backward(nothing, dlse, q, k, v, out, lse, *rest)
         return (*grads, None, None, None, None)
 

@@ -1,7 +1,7 @@
 """The fused kernels as operators of torch: `torch.compile` and autograd see one node each way.
 
-An operator takes tensors, numbers and text, so the pattern travels as its canonical text, and a
-tile list as its tensors. A plan is found again by the text.
+An operator takes tensors and numbers, so the pattern travels as its encoded text, and a tile list
+as its tensors. A plan is found again by the text.
 """
 
 import functools
@@ -15,7 +15,7 @@ from kernels.tiles import TileList
 
 # The arguments behind q, k and v that both directions share.
 _REST = (
-    "str pattern, float scale, Tensor? documents, Tensor? q_position, Tensor? k_position, "
+    "Tensor pattern, float scale, Tensor? documents, Tensor? q_position, Tensor? k_position, "
     "Tensor? tile_offsets, Tensor? tile_keys, Tensor? tile_full, int[] tile_sizes"
 )
 
@@ -25,16 +25,13 @@ def attend(q, k, v, pattern: Pattern, scale, documents, q_position, k_position, 
     listed = (None, None, None, [])
     if tiles is not None:
         listed = (tiles.offsets, tiles.keys, tiles.full, [*tiles.shape, *tiles.tile])
-    rest = (_text(pattern), scale, documents, q_position, k_position, *listed)
+    rest = (pattern.encoded, scale, documents, q_position, k_position, *listed)
     return torch.ops.strider.attend(q, k, v, *rest, out_dtype)
 
 
-def _text(pattern: Pattern) -> str:
-    return repr(pattern) if torch.compiler.is_compiling() else _cached_text(pattern)
-
-
-_cached_text = functools.lru_cache(maxsize=1024)(repr)
-_pattern = functools.lru_cache(maxsize=1024)(parse)
+@functools.lru_cache(maxsize=1024)
+def _decoded(text: bytes) -> Pattern:
+    return parse(text.decode())
 
 
 def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full, sizes):
@@ -42,7 +39,8 @@ def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full
     if offsets is not None:
         tiles = TileList(offsets, keys, full, tuple(sizes[:2]), tuple(sizes[2:]))
     documents = documents if documents is None else documents.contiguous()
-    return fused.Call(_pattern(pattern), scale, documents, q_position, k_position, tiles)
+    pattern = _decoded(pattern.numpy().tobytes())
+    return fused.Call(pattern, scale, documents, q_position, k_position, tiles)
 
 
 @library.custom_op(
@@ -76,14 +74,14 @@ def _(dout, dlse, q, k, v, out, lse, *rest):
 
 def _keep(ctx, inputs, output):
     q, k, v, pattern, scale, *tensors, sizes, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, *tensors)
-    ctx.plain = pattern, scale, sizes
+    ctx.save_for_backward(q, k, v, *output, pattern, *tensors)
+    ctx.plain = scale, sizes
     ctx.set_materialize_grads(False)
 
 
 def _gradients(ctx, dout, dlse):
-    q, k, v, out, lse, *tensors = ctx.saved_tensors
-    pattern, scale, sizes = ctx.plain
+    q, k, v, out, lse, pattern, *tensors = ctx.saved_tensors
+    scale, sizes = ctx.plain
     dout = torch.zeros_like(out) if dout is None else dout
     rest = (pattern, scale, *tensors, sizes)
     grads = torch.ops.strider.attend_backward(dout, dlse, q, k, v, out, lse, *rest)

@@ -11,7 +11,7 @@ from kernels import patterns
 from kernels.attend import attend
 from kernels.patterns import Pattern
 from models.attention import Context
-from models.attention.pattern import PatternAttention
+from models.attention.pattern import PatternAttention, encoded
 from models.attention.projections import MakeProjections, Projections
 
 
@@ -67,7 +67,8 @@ class LongformerAttention(PatternAttention):
         window = _of_layer("window", window, layer)
         pattern = _pattern(window, **shape)
         super().__init__(dim, heads, layer, pattern=pattern, projections=projections)
-        self._window, self._shape = window, shape
+        self._shape = shape
+        self.set_window(window)
         self.global_projections = None
         if global_tokens and global_projections and not causal:
             self.global_projections = copy.deepcopy(self.projections)
@@ -76,7 +77,9 @@ class LongformerAttention(PatternAttention):
     def set_window(self, window: int) -> None:
         """Change the window, as from one phase of training to the next."""
         self._window = window
-        self.pattern = _pattern(window, **self._shape)
+        self.pattern = encoded(_pattern(window, **self._shape))
+        # The rows of global tokens that have maps of their own are computed apart.
+        self._without_rows = encoded(_pattern(window, **self._shape, rows=False))
 
     def get_extra_state(self) -> dict[str, int]:
         return {"window": self._window}
@@ -88,10 +91,7 @@ class LongformerAttention(PatternAttention):
         if self.global_projections is None:
             return super().forward(x, context)
         q, k, v = self.projections.split(x, context)
-        # The rows of the global tokens are replaced below; here they need see no later token.
-        out, _ = attend(
-            q, k, v, _pattern(self._window, **self._shape, rows=False), documents=context.documents
-        )
+        out, _ = attend(q, k, v, self._without_rows, documents=context.documents)
         count = self._shape["global_tokens"]
         q, k, v = self.global_projections.split(x, context)
         rows = F.scaled_dot_product_attention(

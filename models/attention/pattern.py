@@ -33,8 +33,8 @@ class PatternAttention(nn.Module):
     ):
         super().__init__()
         self.projections = projections(dim, heads)
-        pattern = parse(pattern) if isinstance(pattern, str) else pattern
-        self.pattern = pattern.on_layer(layer)
+        pattern = pattern if isinstance(pattern, Pattern) else parse(str(pattern))
+        self.pattern = encoded(pattern.on_layer(layer))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.projections.split(x, context)
@@ -60,3 +60,9 @@ class PatternAttention(nn.Module):
         """Forward operations of scores and weighted sums, mean over the tokens of a sequence."""
         keys = self.pattern.keys_per_query(length, self.projections.heads)
         return 2 * (self.projections.qk_dim + self.projections.dim) * keys
+
+
+def encoded(pattern: Pattern) -> Pattern:
+    """The pattern, with its text encoded beforehand: what `torch.compile` would trace is found."""
+    assert pattern.encoded is not None
+    return pattern

@@ -3,11 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.heads import split_heads
 from models.attention import Context
-from models.embeddings import rotate
 
 
 class Projections(nn.Module):
@@ -60,16 +59,8 @@ class Projections(nn.Module):
 
     def split(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """``(B, L, dim)`` -> q, k, v, each ``(B, H, L, D)``, views of ``(B, L, H, D)`` memory."""
-        parts = self.qkv(x).split((self.qk_dim, self.qk_dim, self.dim), dim=-1)
-        q, k, v = (part.unflatten(-1, (self.heads, -1)).transpose(1, 2) for part in parts)
-        if self.q_gain is not None:
-            q, k = (
-                F.rms_norm(t, t.shape[-1:], gain.to(t.dtype))
-                for t, gain in ((q, self.q_gain), (k, self.k_gain))
-            )
-        if context.rotary is not None:
-            q, k = rotate(q, context.rotary), rotate(k, context.rotary)
-        return q, k, v
+        gains = None if self.q_gain is None else (self.q_gain, self.k_gain)
+        return split_heads(self.qkv(x), self.heads, self.qk_dim, gains=gains, rotary=context.rotary)
 
     def join(self, out: Tensor) -> Tensor:
         """``(B, H, L, D)`` -> ``(B, L, dim)``."""

@@ -17,8 +17,9 @@ class Compilation(L.Callback):
 def compile_blocks(model: nn.Module) -> None:
     """Compile every block in place: no parameter is renamed.
 
-    One graph serves all layers that are alike. Layers with patterns of their own have a graph each,
-    and torch would run those past its limit of recompilations (8) uncompiled, with a warning.
+    One graph serves all layers that are alike, whatever random blocks they draw. Layers with
+    windows of their own have a graph each, and torch would run those past its limit of
+    recompilations (8) uncompiled, with a warning.
     """
     limit = max(torch._dynamo.config.recompile_limit, len(model.blocks) + SPARE)
     torch._dynamo.config.recompile_limit = limit

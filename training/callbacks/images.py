@@ -21,9 +21,9 @@ log = logging.getLogger("strider")
 class Images(L.Callback):
     """Writes `samples/step-N.png` and `samples/step-N-completions.png`; loggers show both.
 
-    Does nothing where the data are not images. Like `Samples` it draws while a validation begins,
-    with random numbers of its own. An image has thousands of bytes, drawn one after the other, so
-    by default that is only the validation after the last step.
+    Does nothing where the data are not images, or the model predicts masked tokens. Like `Samples`
+    it draws while a validation begins, with random numbers of its own. An image has thousands of
+    bytes, drawn one after the other, so by default that is only the validation after the last step.
 
     Args:
         output: the run's folder.
@@ -66,7 +66,9 @@ class Images(L.Callback):
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         shape = trainer.datamodule.image_shape
-        if shape is None or not (self.every_validation or Budget.of(trainer).spent):
+        if shape is None or not task.objective.causal:
+            return
+        if not (self.every_validation or Budget.of(trainer).spent):
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{trainer.global_step}"

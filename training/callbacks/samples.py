@@ -15,6 +15,8 @@ from training.loggers import log_picture
 class Samples(L.Callback):
     """Writes `samples/step-N.txt` and `samples/attention.png`; wandb and tensorboard show both.
 
+    Only models of the next token write text.
+
     The text is drawn while a validation begins: the model is in evaluation mode by then, and has
     the averaged weights where weights are averaged (if that callback is listed before this one).
     It uses random numbers of its own, the same ones at every step, so that texts compare.
@@ -54,8 +56,8 @@ class Samples(L.Callback):
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         vocabulary = trainer.datamodule.vocabulary
-        if vocabulary is None:
-            return  # no text
+        if vocabulary is None or not task.objective.causal:
+            return
         prompt = torch.tensor(vocabulary.encode(self.prompt)[None].astype("int64"))
         with trainer.precision_plugin.forward_context():
             tokens = generate(

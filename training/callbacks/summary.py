@@ -32,15 +32,16 @@ class Summary(L.Callback):
             model.heads,
             f"{sum(p.numel() for p in model.parameters()):,}",
         )
-        causal = (data.length + 1) / 2
         for name, pattern in model.patterns().items():
             keys = pattern.keys_per_query(data.length)
+            most = (data.length + 1) / 2 if pattern.is_causal else data.length
             log.info(
-                "%s: a token sees %.0f of %.0f causal keys (%.1f %%): %s",
+                "%s: a token sees %.0f of %.0f%s keys (%.1f %%): %s",
                 name,
                 keys,
-                causal,
-                100 * keys / causal,
+                most,
+                " causal" if pattern.is_causal else "",
+                100 * keys / most,
                 pattern,
             )
         log.info(

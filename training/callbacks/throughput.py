@@ -35,10 +35,10 @@ class Throughput(L.Callback):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Tensor, batch_idx
     ) -> None:
-        rows, columns = batch.shape
-        self._tokens += rows * (columns - 1) * trainer.world_size
+        length = pl_module.objective.length(batch)
+        self._tokens += len(batch) * length * trainer.world_size
         if self._flops_per_token is None:
-            self._flops_per_token = pl_module.model.flops_per_token(columns - 1)
+            self._flops_per_token = pl_module.model.flops_per_token(length)
         step = trainer.global_step
         if step > self._step and step % trainer.log_every_n_steps == 0:
             self.log_dict(self._measure(pl_module.device))
