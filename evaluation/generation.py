@@ -38,11 +38,13 @@ def generate(
         ``(B, P + tokens)`` int64, on the device of ``prompt``.
 
     Raises:
-        ValueError: if ``temperature`` is negative, ``top_k`` below 1, ``top_p`` not in (0, 1], the
-            prompt holds anything but tokens, or the model is not causal or has no positions for
-            ``context`` tokens.
+        ValueError: if ``context`` or ``top_k`` is below 1, ``temperature`` negative, ``top_p`` not
+            in (0, 1], the prompt holds anything but tokens, or the model is not causal or has no
+            positions for so many.
     """
     check_sampling(temperature, top_k, top_p)
+    if context < 1:
+        raise ValueError(f"context must be at least 1 token, got {context}.")
     if prompt.numel() and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
         raise ValueError(
             f"a prompt must hold tokens of 0 to {model.vocab_size - 1}, got {int(prompt.min())} to "

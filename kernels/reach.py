@@ -21,8 +21,8 @@ class CachePlan:
 
     A key is kept from its own query to the last one that sees it; then its slot is free. Hence
     ``causal() & window(w)`` is a ring of ``w`` slots. ``causal() & fixed(l, c)`` keeps the query's
-    block and ``c`` keys of each block before it: in the block that follows ``n`` tokens that is up
-    to ``l + c n / l`` keys, which is how Child et al. 2019 (arXiv:1904.10509) would count them.
+    block and ``c`` keys of each block before it: ``l + c n / l`` at the end of the block that
+    follows ``n`` tokens, and so ``c`` less among ``n`` tokens in all.
 
     Args:
         pattern: which keys are visible.

@@ -159,6 +159,7 @@ class Transformer(nn.Module):
             positions(length)
         return [block.attention.cache(length) for block in self.blocks]
 
+    @torch.no_grad()
     def next_logits(self, tokens: Tensor, cache: Sequence[KeyValueCache]) -> Tensor:
         """Logits of the token after these, ``(B, L)`` -> ``(B, vocab_size)``; the cache takes them.
 

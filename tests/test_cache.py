@@ -23,6 +23,7 @@ from models.attention.cache import KeyValueCache
 from tests.configs import SMALL, composed
 from tests.oracle import dense_attention, dense_mask
 from tests.test_patterns import patterns
+from tests.test_tiles import Largest
 
 SUB_BLOCKS = per_head(*(fixed(16, 4, sub_block=s) for s in range(4)))
 
@@ -63,6 +64,13 @@ def test_every_query_finds_each_key_that_it_sees_in_a_slot_of_its_own(
         for h in range(heads):
             assert sorted(content[h, seen[h]].tolist()) == mask[h, i].nonzero()[:, 0].tolist()
         assert (slot < plan.kept).all()
+
+
+def test_a_plan_takes_little_memory_where_heads_differ():
+    pattern = causal() & (window(3, block=64) | global_tokens(128) | random_blocks(3, block=64))
+    with Largest() as largest:
+        cache_plan(pattern, 8, 12_288)
+    assert largest.elements < 12_288**2 / 64
 
 
 def most_kept(pattern, length, heads=1):

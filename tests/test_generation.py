@@ -116,6 +116,11 @@ def test_impossible_sampling_is_refused(setting):
         generate(Counter(), torch.tensor([[1]]), 1, **setting)
 
 
+def test_a_context_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        generate(Counter(), torch.tensor([[1]]), 1, context=0)
+
+
 @pytest.mark.parametrize("token", [-1, 10])
 def test_a_prompt_of_anything_but_tokens_is_refused(token):
     with pytest.raises(ValueError, match=f"tokens of 0 to 9, got {min(1, token)} to"):

@@ -43,6 +43,7 @@ class KeyValueCache:
         Returns:
             ``(B, H, 1, Dv)`` in the dtype of ``v``; 0 where the query sees no key.
         """
+        assert q.shape[2] == 1, "after the first tokens, one at a time"
         slot, seen = next(self.steps)
         self.keys[:, self.heads, slot] = k[:, :, 0].to(v.dtype)
         self.values[:, self.heads, slot] = v[:, :, 0]

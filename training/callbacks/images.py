@@ -13,7 +13,7 @@ from evaluation.images import check_share, complete, draw
 from training.loggers import log_picture
 from training.progress import Budget
 
-NUMBER = 4  # of images where none is configured; on a CPU that would take minutes to hours
+NUMBER = 4  # of images where none is configured; on a CPU that would take minutes
 
 log = logging.getLogger("strider")
 
