@@ -45,6 +45,7 @@ class Settings:
     precision: str | None
     sample_tokens: int
     temperature: float
+    top_k: int | None
     top_p: float
     seed: int
     images: int | None
@@ -158,6 +159,7 @@ def continuation(
             config.sample_tokens,
             context=context,
             temperature=config.temperature,
+            top_k=config.top_k,
             top_p=config.top_p,
             generator=torch.Generator().manual_seed(config.seed),
         )
@@ -176,6 +178,7 @@ def draw_images(
     originals = tokens.reshape(-1, data.length)
     sampling = {
         "temperature": config.temperature,
+        "top_k": config.top_k,
         "top_p": config.top_p,
         "generator": torch.Generator().manual_seed(config.seed),
     }

@@ -3,8 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-PADDING = 128  # tokens: lengths are rounded up to a multiple, so that few differ
-
 
 @torch.compiler.set_stance("force_eager")  # lengths change: compiling each costs more than it saves
 @torch.inference_mode()
@@ -15,57 +13,83 @@ def generate(
     *,
     context: int = 1024,
     temperature: float = 1.0,
+    top_k: int | None = None,
     top_p: float = 1.0,
     generator: torch.Generator | None = None,
 ) -> Tensor:
-    """Continue every prompt by ``tokens`` sampled tokens; computes the context anew at each step.
+    """Continue every prompt by ``tokens`` sampled tokens.
+
+    The prompt takes one forward pass, and each token one over itself and the keys that are kept of
+    those before it. Where a sequence outgrows ``context``, the model starts again from the last
+    half of it, as it does when a text is scored.
 
     Args:
-        model: a causal model with ``vocab_size`` (the start id, put before the prompt).
+        model: a causal model with ``vocab_size`` (the start id, put before the prompt), ``cache``
+            and ``next_logits``, see `models.transformer.Transformer`.
         prompt: token ids ``(B, P)``; P may be 0.
         tokens: how many to sample.
         context: tokens that the model looks back at, at most.
         temperature: divides the logits; 0 takes the most likely token.
-        top_p: sample from the smallest set of tokens with at least this probability.
+        top_k: sample from so many most likely tokens; None: from all.
+        top_p: sample from the smallest set of (those) tokens with at least this probability.
         generator: source of randomness, on the CPU.
 
     Returns:
         ``(B, P + tokens)`` int64, on the device of ``prompt``.
 
     Raises:
-        ValueError: if ``temperature`` is negative or ``top_p`` is not in (0, 1].
+        ValueError: if ``context`` or ``top_k`` is below 1, ``temperature`` negative, ``top_p`` not
+            in (0, 1], the prompt holds anything but tokens, or the model is not causal or has no
+            positions for so many.
     """
-    check_sampling(temperature, top_p)
+    check_sampling(temperature, top_k, top_p)
+    if context < 1:
+        raise ValueError(f"context must be at least 1 token, got {context}.")
+    if prompt.numel() and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
+        raise ValueError(
+            f"a prompt must hold tokens of 0 to {model.vocab_size - 1}, got {int(prompt.min())} to "
+            f"{int(prompt.max())}."
+        )
     device = next(model.parameters()).device
     start = prompt.new_full((len(prompt), 1), model.vocab_size)
     sequence = torch.cat((start, prompt), dim=1).to(device)
-    for _ in range(tokens):
-        inputs = sequence[:, -context:]
-        length = inputs.shape[1]
-        # No token sees the padding after it: the model is causal. It may know no place beyond.
-        padded = min(-(-length // PADDING) * PADDING, context)
-        inputs = torch.nn.functional.pad(inputs, (0, padded - length))
-        logits = model(inputs)[:, length - 1].float().cpu()
-        token = sample(logits, temperature, top_p, generator)
-        sequence = torch.cat((sequence, token.to(device)), dim=1)
+    room = 0  # tokens that the cache can still take
+    for left in range(tokens, 0, -1):
+        if not room:
+            half = -(-context // 2)
+            unread = sequence if sequence.shape[1] <= context else sequence[:, -half:]
+            room = min(context, unread.shape[1] + left - 1)
+            cache = model.cache(room)
+        logits = model.next_logits(unread, cache).float().cpu()
+        room -= unread.shape[1]
+        unread = sample(logits, temperature, top_k, top_p, generator).to(device)
+        sequence = torch.cat((sequence, unread), dim=1)
     return sequence[:, 1:].to(prompt.device)
 
 
-def check_sampling(temperature: float, top_p: float) -> None:
+def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
     """Refuse what no token can be drawn with."""
-    if temperature < 0 or not 0 < top_p <= 1:
+    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
         raise ValueError(
-            f"sampling needs temperature >= 0 and 0 < top_p <= 1, got {temperature} and {top_p}."
+            f"sampling needs temperature >= 0, top_k >= 1 or null, and 0 < top_p <= 1, got "
+            f"temperature={temperature}, top_k={top_k} and top_p={top_p}."
         )
 
 
 def sample(
-    logits: Tensor, temperature: float, top_p: float, generator: torch.Generator | None
+    logits: Tensor,
+    temperature: float,
+    top_k: int | None,
+    top_p: float,
+    generator: torch.Generator | None,
 ) -> Tensor:
     """Draw one token id ``(..., 1)`` from ``logits (..., vocab_size)`` of up to two dimensions."""
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     probability, order = (logits / temperature).softmax(dim=-1).sort(descending=True)
+    if top_k is not None:
+        probability[..., top_k:] = 0
+        probability /= probability.sum(dim=-1, keepdim=True)
     # Keep each token whose more likely ones do not already reach top_p.
     probability[probability.cumsum(dim=-1) - probability >= top_p] = 0
     return order.gather(-1, torch.multinomial(probability, 1, generator=generator))

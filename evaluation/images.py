@@ -27,9 +27,9 @@ def draw(
     """Draw ``count`` images from nothing and write them to ``path``.
 
     Args:
-        model: a causal model of images, see `generate`; costs a forward pass for every byte.
+        model: a causal model of images, see `generate`.
         shape: rows, columns and channels (red, green, blue).
-        sampling: ``temperature``, ``top_p`` and ``generator`` of `generate`.
+        sampling: ``temperature``, ``top_k``, ``top_p`` and ``generator`` of `generate`.
     """
     size = math.prod(shape)
     nothing = torch.empty(count, 0, dtype=torch.long)

@@ -44,19 +44,19 @@ class RasterPositions(nn.Module):
         for embedding in self.coordinates:
             nn.init.normal_(embedding.weight, std=std / len(self.shape) ** 0.5)
 
-    def forward(self, length: int) -> Tensor:
-        """The first ``length`` entries, ``(L, dim)``.
+    def forward(self, length: int, first: int = 0) -> Tensor:
+        """``length`` entries from number ``first``, ``(L, dim)``.
 
         Raises:
             ValueError: if the raster has fewer tokens.
         """
-        if length > math.prod(self.shape):
+        if first + length > math.prod(self.shape):
             raise ValueError(
                 f"learned positions reach {math.prod(self.shape):,} tokens {self.shape}, got "
-                f"{length:,}; shorten the sequence (data.length, context), or train with a larger "
-                f"model.matrix_shape."
+                f"{first + length:,}; shorten the sequence (data.length, context), or train with a "
+                f"larger model.matrix_shape."
             )
-        token = torch.arange(length, device=self.coordinates[0].weight.device)
+        token = torch.arange(first, first + length, device=self.coordinates[0].weight.device)
         total = 0
         for size, embedding in zip(reversed(self.shape), reversed(self.coordinates), strict=True):
             total = total + embedding(token % size)
@@ -65,14 +65,16 @@ class RasterPositions(nn.Module):
 
 
 def rotary_tables(
-    length: int, head_size: int, base: float, device: torch.device
+    length: int, head_size: int, base: float, device: torch.device, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of every position's angles, two float32 tensors ``(L, head_size / 2)``.
+    """Cosines and sines of the angles of ``length`` positions from number ``first``.
+
+    Two float32 tensors ``(L, head_size / 2)``.
 
     Source:
         RoFormer, Su et al. 2021, arXiv:2104.09864, eq. 15; wavelengths from 2 pi to 2 pi ``base``.
     """
     pairs = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
-    position = torch.arange(length, device=device, dtype=torch.float32)
+    position = torch.arange(first, first + length, device=device, dtype=torch.float32)
     angle = position[:, None] * base ** (-pairs / head_size)
     return angle.cos(), angle.sin()

@@ -1,6 +1,7 @@
 """The one backbone: pre-norm blocks whose attention comes from the config, layer by layer."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -9,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.patterns import Pattern
 from models.attention import Context
+from models.attention.cache import KeyValueCache
 from models.embeddings import RasterPositions, rotary_tables
 from models.feed_forward import SwiGLU
 from models.heads import Head
@@ -147,29 +149,50 @@ class Transformer(nn.Module):
         """Negative log-likelihood of each of ``targets (B, L)``, float32; 0 where it is -1."""
         return self.head.nats(self.hidden_states(tokens), targets)
 
-    def hidden_states(self, tokens: Tensor) -> Tensor:
+    def cache(self, length: int) -> list[KeyValueCache]:
+        """Empty caches, one a layer, for sequences of ``length`` tokens.
+
+        Raises:
+            ValueError: if the model has no positions for so many, or sees later tokens.
+        """
+        for positions in self.positions:
+            positions(length)
+        return [block.attention.cache(length) for block in self.blocks]
+
+    @torch.no_grad()
+    def next_logits(self, tokens: Tensor, cache: Sequence[KeyValueCache]) -> Tensor:
+        """Logits of the token after these, ``(B, L)`` -> ``(B, vocab_size)``; the cache takes them.
+
+        The first call takes as many as there are, and each later one a single token.
+        """
+        return self.head(self.hidden_states(tokens, cache)[:, -1])
+
+    def hidden_states(self, tokens: Tensor, cache: Sequence[KeyValueCache] | None = None) -> Tensor:
         """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
         length, x = tokens.shape[1], self.embedding(tokens)
+        first = cache[0].tokens if cache else 0  # where in the sequence these tokens begin
         for positions in self.positions:
-            x = x + positions(length)
+            x = x + positions(length, first)
         extra = 0 if self.global_vectors is None else len(self.global_vectors)
         if extra:
             x = torch.cat((self.global_vectors.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         x = self.dropout(x)
-        context = Context(
-            self._rotary_tables(extra + length, tokens.device), self._documents(tokens)
-        )
-        for block in self.blocks:
+        rotary = self._rotary_tables(extra + length, tokens.device, first)
+        context = Context(rotary, self._documents(tokens))
+        for n, block in enumerate(self.blocks):
+            context = replace(context, cache=cache[n]) if cache else context
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
                 x = block(x, context)
         return x[:, extra:]
 
-    def _rotary_tables(self, length: int, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    def _rotary_tables(
+        self, length: int, device: torch.device, first: int
+    ) -> tuple[Tensor, Tensor] | None:
         if self.rotary_base is None:
             return None
-        return rotary_tables(length, self.dim // self.heads, self.rotary_base, device)
+        return rotary_tables(length, self.dim // self.heads, self.rotary_base, device, first)
 
     def _documents(self, tokens: Tensor) -> Tensor | None:
         # Rows that are trained on have padding only where each lies in one document.

@@ -15,10 +15,16 @@ class Counter(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(50.0))
-        self.lengths = []
+        self.caches, self.passes = [], []
+
+    def cache(self, length):
+        self.caches.append(length)
+
+    def next_logits(self, tokens, cache):
+        self.passes.append(tokens.shape[1])
+        return self(tokens[:, -1])
 
     def forward(self, tokens):
-        self.lengths.append(tokens.shape[1])
         following = (tokens + 1) % (self.vocab_size + 1) % self.vocab_size
         return nn.functional.one_hot(following, self.vocab_size) * self.scale
 
@@ -32,16 +38,23 @@ def test_an_empty_prompt_starts_from_the_start_id():
     assert generate(Counter(), torch.empty(1, 0, dtype=torch.long), 3).tolist() == [[0, 1, 2]]
 
 
-def test_looks_back_at_most_the_context():
+def test_the_prompt_is_read_at_once_and_each_token_by_itself():
+    model = Counter()
+    generate(model, torch.tensor([[3, 4, 5]]), 6)
+    assert model.passes == [4, 1, 1, 1, 1, 1]  # the start id is one of the four
+    assert model.caches == [9]  # nothing comes after the last token
+
+
+def test_beyond_the_context_it_starts_again_from_the_last_half():
+    model = Counter()
+    text = generate(model, torch.tensor([[3]]), 12, context=7).tolist()[0]
+    assert text == [3, 4, 5, 6, 7, 8, 9, 0, 1, 2, 3, 4, 5]
+    assert model.caches == [7, 7, 5]
+    assert model.passes == [2, 1, 1, 1, 1, 1, 4, 1, 1, 1, 4, 1]
     model = Counter()
     assert generate(model, torch.tensor([[3] * 300]), 3, context=100).tolist()[0][-3:] == [4, 5, 6]
-    assert max(model.lengths) == 100
-
-
-def test_lengths_are_padded_so_that_few_differ_within_the_context():
-    model = Counter()
-    generate(model, torch.tensor([[3]]), 150, context=200)
-    assert set(model.lengths) == {128, 200}
+    assert (model.caches, model.passes) == ([52], [50, 1, 1])
+    assert generate(Counter(), torch.tensor([[3]]), 3, context=1).tolist() == [[3, 4, 5, 6]]
 
 
 def test_each_prompt_of_a_batch_is_continued_by_itself():
@@ -67,19 +80,48 @@ def test_a_compiled_model_is_not_compiled_again_for_every_length():
 
 def test_temperature_zero_is_greedy_and_top_p_cuts_the_tail():
     logits = torch.tensor([0.0, 3.0, 2.0, -1.0])
-    assert sample(logits, 0, 1.0, None).tolist() == [1]
-    draws = {int(sample(logits, 1.0, 0.9, None)) for _ in range(200)}
+    assert sample(logits, 0, None, 1.0, None).tolist() == [1]
+    draws = {int(sample(logits, 1.0, None, 0.9, None)) for _ in range(200)}
     assert draws == {1, 2}  # 0.69 + 0.25 of the probability
+
+
+def test_top_k_draws_from_the_most_likely_and_top_p_from_what_it_leaves():
+    logits = torch.tensor([[0.0, 3.0, 2.0, 1.0], [3.0, 0.0, 1.0, 2.0]])
+    generator = torch.Generator().manual_seed(0)
+
+    def draws(top_k, top_p):
+        drawn = [sample(logits, 1.0, top_k, top_p, generator) for _ in range(200)]
+        return [set(row.tolist()) for row in torch.cat(drawn, dim=1)]
+
+    assert draws(1, 1.0) == [{1}, {0}]
+    assert draws(2, 1.0) == [{1, 2}, {0, 3}]
+    assert draws(99, 1.0) == [{0, 1, 2, 3}] * 2
+    # 0.64 and 0.24 of all are 0.73 and 0.27 of the two.
+    assert draws(2, 0.7) == [{1}, {0}]
+    assert draws(None, 0.7) == [{1, 2}, {0, 3}]
 
 
 def test_the_same_generator_gives_the_same_text():
     def draw(seed):
         logits = torch.zeros(1000)
-        return int(sample(logits, 1.0, 1.0, torch.Generator().manual_seed(seed)))
+        return int(sample(logits, 1.0, None, 1.0, torch.Generator().manual_seed(seed)))
 
     assert draw(1) == draw(1) != draw(2)
 
 
-def test_impossible_sampling_is_refused():
-    with pytest.raises(ValueError, match=r"-1\.0 and 1\.0"):
-        generate(Counter(), torch.tensor([[1]]), 1, temperature=-1.0)
+@pytest.mark.parametrize("setting", [{"temperature": -1.0}, {"top_k": 0}, {"top_p": 1.5}])
+def test_impossible_sampling_is_refused(setting):
+    ((name, value),) = setting.items()
+    with pytest.raises(ValueError, match=f"got .*{name}={value}"):
+        generate(Counter(), torch.tensor([[1]]), 1, **setting)
+
+
+def test_a_context_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="at least 1 token, got 0"):
+        generate(Counter(), torch.tensor([[1]]), 1, context=0)
+
+
+@pytest.mark.parametrize("token", [-1, 10])
+def test_a_prompt_of_anything_but_tokens_is_refused(token):
+    with pytest.raises(ValueError, match=f"tokens of 0 to 9, got {min(1, token)} to"):
+        generate(Counter(), torch.tensor([[1, token]]), 1)

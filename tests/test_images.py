@@ -91,6 +91,7 @@ def settings(**changes):
         "given": 0.5,
         "every_validation": False,
         "temperature": 1.0,
+        "top_k": None,
         "top_p": 1.0,
     } | changes
 
@@ -142,7 +143,7 @@ def test_text_is_not_drawn_and_drawing_changes_nothing_in_training(tmp_path):
     [
         ({"samples": -1}, "samples=-1 and completions=2"),
         ({"given": 1.0}, "below 1, got given=1.0"),
-        ({"top_p": 0.0}, "got 1.0 and 0.0"),
+        ({"top_p": 0.0}, "top_k=None and top_p=0.0"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused_before_training(changes, words):
@@ -152,8 +153,8 @@ def test_what_cannot_be_drawn_is_refused_before_training(changes, words):
 
 def test_an_evaluation_draws_and_completes_images_of_its_split(tmp_path):
     config = OmegaConf.create(
-        {"split": "test", "images": 2, "given": 0.5, "temperature": 1.0, "top_p": 1.0, "seed": 1,
-         "device": "cpu", "precision": None}
+        {"split": "test", "images": 2, "given": 0.5, "temperature": 1.0, "top_k": None,
+         "top_p": 1.0, "seed": 1, "device": "cpu", "precision": None}
     )  # fmt: skip
     evaluation_script.draw_images(TinyModel(), ImageData(), config, tmp_path)
     assert (cell(tmp_path / "completions.png", 0, 1, (2, 2, 3))[0, 0] == [12, 13, 14]).all()

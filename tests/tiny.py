@@ -47,6 +47,12 @@ class TinyModel(nn.Module):
             x = x + block(x)
         return self.head(x)
 
+    def cache(self, length):
+        return None  # no token looks back
+
+    def next_logits(self, tokens, cache):
+        return self(tokens)[:, -1]
+
     def loss(self, inputs, targets):
         logits = self(inputs).flatten(0, 1).float()
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")

@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from kernels.attend import attend
 from kernels.patterns import Pattern, parse
 from models.attention import Context
+from models.attention.cache import KeyValueCache
 from models.attention.projections import MakeProjections, Projections
 
 
@@ -37,12 +38,23 @@ class PatternAttention(nn.Module):
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.projections.split(x, context)
-        return self.projections.join(self.attend(q, k, v, context))
+        if context.cache is None:
+            out = self.attend(q, k, v, context)
+        elif context.cache.tokens:
+            out = context.cache.step(q, k, v)
+        else:
+            out = self.attend(q, k, v, context)
+            context.cache.fill(k, v)
+        return self.projections.join(out)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         """Queries, keys and values ``(B, H, L, D)`` -> ``(B, H, L, D)``."""
         out, _ = attend(q, k, v, self.pattern, documents=context.documents)
         return out
+
+    def cache(self, length: int) -> KeyValueCache:
+        """An empty cache for sequences of ``length`` tokens."""
+        return KeyValueCache(self.pattern, self.projections.heads, length)
 
     def flops_per_token(self, length: int) -> float:
         """Forward operations of scores and weighted sums, mean over the tokens of a sequence."""

@@ -13,7 +13,7 @@ from evaluation.images import check_share, complete, draw
 from training.loggers import log_picture
 from training.progress import Budget
 
-NUMBER = 4  # of images where none is configured; on a CPU that would take minutes to hours
+NUMBER = 4  # of images where none is configured; on a CPU that would take minutes
 
 log = logging.getLogger("strider")
 
@@ -22,8 +22,8 @@ class Images(L.Callback):
     """Writes `samples/step-N.png` and `samples/step-N-completions.png`; loggers show both.
 
     Does nothing where the data are not images, or the model predicts masked tokens. Like `Samples`
-    it draws while a validation begins, with random numbers of its own. Each byte of an image costs
-    a forward pass, so by default that is only the validation after the last step.
+    it draws while a validation begins, with random numbers of its own. An image has thousands of
+    bytes, drawn one after the other, so by default that is only the validation after the last step.
 
     Args:
         output: the run's folder.
@@ -33,6 +33,7 @@ class Images(L.Callback):
         given: share of the rows of each that the model sees.
         every_validation: also before the last step.
         temperature: divides the logits; 0 takes the most likely byte.
+        top_k: draws from so many most likely bytes; None: from all.
         top_p: draws from the most likely bytes that together have this probability.
 
     Raises:
@@ -47,6 +48,7 @@ class Images(L.Callback):
         given: float,
         every_validation: bool,
         temperature: float,
+        top_k: int | None,
         top_p: float,
     ):
         if min(samples or 0, completions or 0) < 0:
@@ -55,11 +57,11 @@ class Images(L.Callback):
                 f"completions={completions}."
             )
         check_share(given)
-        check_sampling(temperature, top_p)
+        check_sampling(temperature, top_k, top_p)
         self.folder = Path(output) / "samples"
         self.samples, self.completions, self.given = samples, completions, given
         self.every_validation = every_validation
-        self.sampling = {"temperature": temperature, "top_p": top_p}
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
@@ -75,7 +77,7 @@ class Images(L.Callback):
         samples = default if self.samples is None else self.samples
         completions = default if self.completions is None else self.completions
         if samples or completions:
-            log.info("drawing images to %s, a forward pass for each byte", self.folder)
+            log.info("drawing images to %s, byte by byte", self.folder)
         with trainer.precision_plugin.forward_context():
             if samples:
                 path = self.folder / f"{name}.png"

@@ -24,8 +24,9 @@ class Samples(L.Callback):
     Args:
         output: the run's folder.
         prompt: how every text begins; may be empty.
-        tokens: how many to generate; each costs a pass over what came before it.
+        tokens: how many to generate.
         temperature: divides the logits; 0 takes the most likely token.
+        top_k: draws from so many most likely tokens; None: from all.
         top_p: draws from the most likely tokens that together have this probability.
     """
 
@@ -35,12 +36,13 @@ class Samples(L.Callback):
         prompt: str,
         tokens: int,
         temperature: float,
+        top_k: int | None,
         top_p: float,
     ):
         self.folder = Path(output) / "samples"
         self.prompt = prompt
         self.tokens = tokens
-        self.sampling = {"temperature": temperature, "top_p": top_p}
+        self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
