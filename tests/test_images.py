@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from matplotlib.image import imread
 from omegaconf import OmegaConf
 
@@ -16,6 +17,8 @@ from tests import wandb_offline
 from tests.commands import curve, place, run
 from tests.test_generation import Counter
 from tests.tiny import VOCAB, TinyData, TinyModel, fit
+from training.callbacks import images
+from training.callbacks.checkpoints import Checkpoints
 from training.callbacks.images import Images
 
 SHAPE = (4, 2, 3)
@@ -125,6 +128,27 @@ def test_the_images_of_a_run_are_the_first_of_validation(tmp_path):
         expected = ((np.arange(12) + 12 * n) % VOCAB).reshape(2, 2, 3)
         assert (cell(path, 0, n, (2, 2, 3)) == expected).all()
         assert (cell(path, 2, n, (2, 2, 3))[0] == expected[0]).all()
+
+
+def test_images_show_the_weights_that_were_scored_once_these_are_saved(tmp_path, monkeypatch):
+    shown, config = [], tmp_path / "config.yaml"
+    config.write_text("")
+
+    def look(model, *_, **__):
+        saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+        weights = model.state_dict()
+        assert all(torch.equal(weights[k.removeprefix("model.")], v) for k, v in saved.items())
+        shown.append(model.training)
+
+    monkeypatch.setattr(images, "draw", look)
+    callbacks = [
+        EMAWeightAveraging(decay=0.9),
+        Checkpoints(str(tmp_path), every_steps=100),
+        Images(str(tmp_path), **settings(completions=0)),
+    ]
+    trainer, _ = fit(tmp_path, data=ImageData(), callbacks=callbacks)
+    assert shown == [False]
+    assert trainer.lightning_module.model.training
 
 
 def test_text_is_not_drawn_and_drawing_changes_nothing_in_training(tmp_path):

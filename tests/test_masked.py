@@ -64,7 +64,7 @@ def test_the_loss_is_over_masked_positions_only(device):
 @torch.no_grad()
 @pytest.mark.parametrize("documents", ["stream", "split", "pack"])
 def test_padding_changes_nothing(documents, device):
-    model = build(f"data.documents={documents}").to(device)
+    model = build(f"data.documents={documents}").to(device).eval()  # in training, a stream has none
     short = tokens(device, 40)
     padded = F.pad(short, (0, 24), value=START)
     torch.testing.assert_close(model(padded)[:, :40], model(short))

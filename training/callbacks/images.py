@@ -1,12 +1,15 @@
 """What a run of images looks like: pictures that the model draws and completes."""
 
+import copy
 import logging
 import math
 from pathlib import Path
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.utilities import rank_zero_only
+from torch import nn
 
 from evaluation.generation import check_sampling
 from evaluation.images import check_share, complete, draw
@@ -21,9 +24,11 @@ log = logging.getLogger("strider")
 class Images(L.Callback):
     """Writes `samples/step-N.png` and `samples/step-N-completions.png`; loggers show both.
 
-    Does nothing where the data are not images, or the model predicts masked tokens. Like `Samples`
-    it draws while a validation begins, with random numbers of its own. An image has thousands of
-    bytes, drawn one after the other, so by default that is only the validation after the last step.
+    Does nothing where the data are not images, or the model predicts masked tokens. It draws with
+    the weights that a validation has scored (averages, where there are any), after `Checkpoints`
+    has saved them, which this callback follows, and with random numbers of its own. An image has
+    thousands of bytes, each of which costs a step of the model, so by default that is only after
+    the last step.
 
     Args:
         output: the run's folder.
@@ -65,11 +70,26 @@ class Images(L.Callback):
 
     @rank_zero_only
     def on_validation_epoch_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        shape, averaged = trainer.datamodule.image_shape, _averages(trainer)
+        last = self.every_validation or Budget.of(trainer).spent
+        self._due = shape is not None and task.objective.causal and last
+        self._scored = _copied(task.model) if self._due and averaged else None
+
+    @rank_zero_only
+    @torch.no_grad()
+    def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
+        if not self._due:
+            return
+        trained = None if self._scored is None else _copied(task.model)
+        if trained is not None:
+            task.model.load_state_dict(self._scored)
+        self._draw(trainer, task)
+        if trained is not None:
+            task.model.load_state_dict(trained)
+        self._scored = None
+
+    def _draw(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         shape = trainer.datamodule.image_shape
-        if shape is None or not task.objective.causal:
-            return
-        if not (self.every_validation or Budget.of(trainer).spent):
-            return
         self.folder.mkdir(parents=True, exist_ok=True)
         name = f"step-{trainer.global_step}"
         sampling = {**self.sampling, "generator": torch.Generator().manual_seed(0)}
@@ -90,3 +110,12 @@ class Images(L.Callback):
                 originals = originals.reshape(-1, math.prod(shape))
                 complete(task.model, originals, shape, self.given, path, **sampling)
                 log_picture(trainer, "completions", path)
+
+
+def _averages(trainer: L.Trainer) -> bool:
+    """Whether validation scores other weights than those that are trained."""
+    return any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+
+
+def _copied(model: nn.Module) -> dict:
+    return copy.deepcopy(model.state_dict())
