@@ -53,7 +53,7 @@ def split_heads(
             f"qk_dim must be a multiple of 2 x heads, got qk_dim={qk_dim} and heads={heads}."
         )
     chosen = choose(implementation, qkv.device, qkv.dtype)
-    if chosen == "reference" or gains is rotary is None:
+    if chosen == "reference" or (gains is None and rotary is None):
         return _reference(qkv, heads, qk_dim, gains, rotary)
     q, k, v = torch.ops.strider.split_heads(
         qkv, *(gains or (None, None)), *(rotary or (None, None)), heads, qk_dim

@@ -173,7 +173,7 @@ class Transformer(nn.Module):
         first = cache[0].tokens if cache else 0  # where in the sequence these tokens begin
         for positions in self.positions:
             x = x + positions(length, first)
-        extra = 0 if self.global_vectors is None else len(self.global_vectors)
+        extra = self._extra
         if extra:
             x = torch.cat((self.global_vectors.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
         x = self.dropout(x)
@@ -200,8 +200,12 @@ class Transformer(nn.Module):
         if self.documents != "pack" and not padded:
             return None
         documents = (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
-        extra = 0 if self.global_vectors is None else len(self.global_vectors)
-        return F.pad(documents, (extra, 0))  # of the first document: the others are padding
+        return F.pad(documents, (self._extra, 0))  # of the first document: the others are padding
+
+    @property
+    def _extra(self) -> int:
+        """How many vectors stand in front of the tokens."""
+        return 0 if self.global_vectors is None else len(self.global_vectors)
 
     def set_windows(self, windows: Sequence[int]) -> None:
         """Give each layer a window of its own, as Longformer's staged training does.
@@ -245,8 +249,10 @@ class Transformer(nn.Module):
         backward); recomputation, embeddings, norms and softmax are not counted.
         """
         matrices = sum(p.numel() for p in self.blocks.parameters() if p.dim() == 2)
-        attention = sum(block.attention.flops_per_token(length) for block in self.blocks)
-        return 6 * (matrices + self.dim * self.vocab_size) + 3 * attention
+        rows = length + self._extra
+        attention = sum(block.attention.flops_per_token(rows) for block in self.blocks)
+        blocks = (6 * matrices + 3 * attention) * rows / length  # of vectors in front, too
+        return blocks + 6 * self.dim * self.vocab_size
 
 
 def _attention(name: str, make: Callable[[int, int, int], nn.Module], *arguments) -> nn.Module:

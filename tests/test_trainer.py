@@ -14,7 +14,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 
 from kernels.attend import attend
-from models.attention import pattern
+from kernels.heads import split_heads
+from models.attention import pattern, projections
 from models.attention.bigbird import BigBirdAttention
 from models.attention.longformer import LongformerAttention
 from models.transformer import Transformer
@@ -146,6 +147,8 @@ def test_one_graph_serves_layers_that_differ_in_numbers(attention, monkeypatch, 
         return graph.forward
 
     monkeypatch.setattr(pattern, "attend", partial(attend, implementation="fused"))
+    fused_heads = partial(split_heads, implementation="fused")
+    monkeypatch.setattr(projections, "split_heads", fused_heads)
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_in_place, backend=count))
     model = Transformer(
