@@ -79,3 +79,31 @@ def test_rules_of_one_form_in_one_kernel_are_told_apart():
     rows, _ = compile_ahead(*options)
     digests = [row["digest"] for row in rows if row["kernel"] == "forward_kernel"]
     assert len(digests) == len({*digests}) == 3
+
+
+HEADS = """
+import sys, torch
+from bench.compiling import compiled_for
+from kernels.heads import split_heads
+with compiled_for(int(sys.argv[1]), copy_engine=False) as found:
+    for size, dtype in ((16, torch.bfloat16), (64, torch.bfloat16), (128, torch.float32)):
+        qkv, gain, angle = torch.zeros(1, 64, 6 * size), torch.ones(size), torch.ones(64, size // 2)
+        out = torch.ops.strider.split_heads(qkv.to(dtype), gain, gain, angle, angle, 2, 2 * size)
+        rest = (qkv.to(dtype), gain, gain, angle, angle, 2, 2 * size)
+        torch.ops.strider.split_heads_backward(*out, *rest)
+for kernel in found:
+    print(kernel.kernel, kernel.stores, kernel.shared)
+"""
+
+
+@pytest.mark.parametrize("target", ["80", "90"])
+def test_the_kernels_that_split_heads_compile_and_spill_nothing(target):
+    result = subprocess.run(
+        [sys.executable, "-c", HEADS, target], cwd=ROOT, env=environment(TRITON_INTERPRET="0"),
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    rows = [line.split() for line in result.stdout.splitlines()]
+    assert [row[0] for row in rows] == ["split_kernel", "split_backward_kernel"] * 3
+    assert all(int(stores) == 0 for _, stores, _ in rows)
+    assert all(int(shared) <= SHARED_LIMIT[target] for _, _, shared in rows)
