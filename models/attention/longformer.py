@@ -76,16 +76,9 @@ class LongformerAttention(PatternAttention):
 
     def set_window(self, window: int) -> None:
         """Change the window, as from one phase of training to the next."""
-        self._window = window
         self.pattern = encoded(_pattern(window, **self._shape))
         # The rows of global tokens that have maps of their own are computed apart.
         self._without_rows = encoded(_pattern(window, **self._shape, rows=False))
-
-    def get_extra_state(self) -> dict[str, int]:
-        return {"window": self._window}
-
-    def set_extra_state(self, state: dict[str, int]) -> None:
-        self.set_window(state["window"])
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.global_projections is None:
