@@ -2,29 +2,26 @@
 
 import argparse
 import json
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from pathlib import Path
 
-import yaml
 from matplotlib.figure import Figure
 
 
-def curve(folder: Path) -> tuple[list[float], list[float], list[float]]:
-    """Million tokens, minutes of training, and training bits per byte, at each logged step.
+def curve(folder: Path) -> tuple[str, list[float], list[float], list[float]]:
+    """The measure, and million tokens, minutes of training and training loss at each logged step.
 
     Minutes are those of the logged throughput, so compilation in the first steps is in them.
     """
-    data = yaml.safe_load((folder / "config.yaml").read_text())["data"]
     lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
     rows = [line for line in lines if "tokens_per_second" in line]
-    tokens = [row["step"] * data["batch_tokens"] for row in rows]
-    spans = [b - a for a, b in zip([0, *tokens], tokens, strict=False)]
-    seconds = accumulate(n / row["tokens_per_second"] for n, row in zip(spans, rows, strict=True))
-    return (
-        [n / 1e6 for n in tokens],
-        [s / 60 for s in seconds],
-        [row["train/bits_per_byte"] for row in rows],
+    measure = next(key for key in rows[0] if key.startswith("train/bits_per_"))
+    minutes = [row["training_minutes"] for row in rows]
+    spans = [b - a for a, b in pairwise([0.0, *minutes])]
+    tokens = accumulate(
+        row["tokens_per_second"] * 60 * span for row, span in zip(rows, spans, strict=True)
     )
+    return measure, [n / 1e6 for n in tokens], minutes, [row[measure] for row in rows]
 
 
 def draw(folders: list[Path], output: Path) -> None:
@@ -32,13 +29,13 @@ def draw(folders: list[Path], output: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
     for folder in folders:
-        tokens, minutes, bits = curve(folder)
+        measure, tokens, minutes, bits = curve(folder)
         for axes, x in zip(panels, (tokens, minutes), strict=True):
             axes.plot(x, bits, label=folder.name, linewidth=1)
     for axes, label in zip(panels, ("million training tokens", "minutes"), strict=True):
-        axes.set(xlabel=label, ylim=(None, 3.5))
+        axes.set(xlabel=label, ylim=(None, 4.5))
         axes.grid(alpha=0.3)
-    panels[0].set_ylabel("training bits per byte")
+    panels[0].set_ylabel(measure.replace("train/", "training ").replace("_", " "))
     panels[0].legend()
     figure.savefig(output, dpi=120)
 
