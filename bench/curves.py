@@ -28,12 +28,14 @@ def draw(folders: list[Path], output: Path) -> None:
     """Two panels, over tokens and over minutes, with one line a run."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
+    top = 0.0
     for folder in folders:
         measure, tokens, minutes, bits = curve(folder)
+        top = max(top, bits[len(bits) // 10])  # the steep beginning would hide the rest
         for axes, x in zip(panels, (tokens, minutes), strict=True):
             axes.plot(x, bits, label=folder.name, linewidth=1)
     for axes, label in zip(panels, ("million training tokens", "minutes"), strict=True):
-        axes.set(xlabel=label, ylim=(None, 4.5))
+        axes.set(xlabel=label, ylim=(None, top))
         axes.grid(alpha=0.3)
     panels[0].set_ylabel(measure.replace("train/", "training ").replace("_", " "))
     panels[0].legend()
