@@ -63,8 +63,8 @@ def evaluate(config: DictConfig) -> None:
         raise ValueError(f"limit must be at least 1 token, got {config.limit}; null scores all.")
     if config.images is not None and config.images < 1:
         raise ValueError(f"images must be at least 1, got {config.images}; null draws none.")
-    checkpoint = read_checkpoint(config.checkpoint)
-    folder = folder_of(Path(config.checkpoint))
+    path = Path(str(config.checkpoint))  # a name such as `16` is read as a number
+    checkpoint, folder = read_checkpoint(path), folder_of(path)
     changed = {"cache": config.paths.cache}
     if config.data.path:
         changed["path"] = config.data.path
@@ -191,12 +191,9 @@ def draw_images(
 def device_of(config: DictConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(config.device)
-    except RuntimeError as error:
-        raise ValueError(
-            f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}."
-        ) from error
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", str(config.device)):
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {config.device!r}.")
+    device = torch.device(config.device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={config.device} needs a GPU and torch sees none; use device=cpu.")
     return device

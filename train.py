@@ -12,7 +12,7 @@ from training import run_folder
 from training.callbacks.interruption import Interruption
 from training.console import show_log
 from training.errors import UserErrors
-from training.phases import check_windows, read_phases
+from training.phases import check_model, read_phases
 from training.typecheck import check_types
 
 log = logging.getLogger("strider")
@@ -32,8 +32,8 @@ def main(config: DictConfig) -> float:
         L.seed_everything(config.seed, verbose=False)
         data = instantiate(config.data, phases=[phase.batching for phase in phases])
         task = instantiate(config.task)
-        check_windows(phases, task.model)
-        callbacks = dict(instantiate(config.callbacks))
+        check_model(phases, task.model)
+        callbacks = {name: c for name, c in instantiate(config.callbacks).items() if c is not None}
         trainer = instantiate(config.trainer)(
             output=config.paths.output,
             callbacks=[*callbacks.values(), errors],

@@ -43,7 +43,8 @@ class Batching:
             require_multiple(key, self.batch_tokens, unit, size)
             return 1
         unit, size = f"devices x {self.key}.micro_tokens", world_size * self.micro_tokens
-        require_multiple(key, self.batch_tokens, unit, size)
+        or_else = f", or {self.key}.micro_tokens=null"
+        require_multiple(key, self.batch_tokens, unit, size, or_else)
         return self.batch_tokens // size
 
     def share(self, rank: int, world_size: int) -> dict[str, int]:
@@ -53,11 +54,11 @@ class Batching:
         return {"rank": rank, "world_size": world_size, "micro": micro}
 
 
-def require_multiple(key: str, value: int, unit: str, size: int) -> None:
+def require_multiple(key: str, value: int, unit: str, size: int, or_else: str = "") -> None:
     """Refuse ``value`` unless it is a positive multiple of ``size``, which is called ``unit``."""
     if value < 1 or value % size:
         multiple = f"a multiple of {unit} = {size}" if unit else "at least 1"
         raise ValueError(
             f"{key} must be {multiple}, got {key}={value}; "
-            f"set {key}={max(1, round(value / size)) * size} for example."
+            f"set {key}={max(1, round(value / size)) * size} for example{or_else}."
         )

@@ -99,6 +99,8 @@ class SequenceData(L.LightningDataModule):
         self.phase = 0
         if validation_tokens is not None:
             require_multiple("data.validation_tokens", validation_tokens, "", 1)
+        if workers < 0:
+            raise ValueError(f"data.workers must be at least 0, got {workers}.")
         if documents not in DOCUMENTS:
             raise ValueError(
                 f"data.documents must be one of {', '.join(DOCUMENTS)}, got {documents}."

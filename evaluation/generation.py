@@ -69,7 +69,7 @@ def generate(
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:
     """Refuse what no token can be drawn with."""
-    if temperature < 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
+    if not temperature >= 0 or (top_k is not None and top_k < 1) or not 0 < top_p <= 1:
         raise ValueError(
             f"sampling needs temperature >= 0, top_k >= 1 or null, and 0 < top_p <= 1, got "
             f"temperature={temperature}, top_k={top_k} and top_p={top_p}."

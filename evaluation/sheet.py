@@ -61,12 +61,12 @@ def shade_kinds(kinds: Tensor) -> np.ndarray:
     for n, kind in enumerate(kinds):
         number[kind & (count == 1)] = 3 + n % len(TINTS)
     number[count == len(kinds)] = 2
-    return _rgb([PAPER, SEVERAL, INK, *TINTS])[number]
+    return _rgb([PAPER, SEVERAL, INK, *TINTS])[number.numpy()]
 
 
 def shade_depths(first: Tensor) -> np.ndarray:
     """Colours of ``first (L, L)``, numbers of layers: the more, the lighter; 0 is never."""
-    return _rgb([PAPER, *_depths(int(first.max()))])[first.long()]
+    return _rgb([PAPER, *_depths(int(first.max()))])[first.long().numpy()]
 
 
 def key_of_kinds(kinds: int) -> list:

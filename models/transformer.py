@@ -1,5 +1,6 @@
 """The one backbone: pre-norm blocks whose attention comes from the config, layer by layer."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -106,6 +107,7 @@ class Transformer(nn.Module):
     ):
         super().__init__()
         _check_sizes(dim, layers, heads, dropout, global_vectors)
+        _check_options(hidden, embedding_dropout, rotary_base)
         _check_names(attention, layout, documents, norm)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
         self.rotary_base, self.documents, self.masked = rotary_base, documents, masked
@@ -149,14 +151,22 @@ class Transformer(nn.Module):
         """Negative log-likelihood of each of ``targets (B, L)``, float32; 0 where it is -1."""
         return self.head.nats(self.hidden_states(tokens), targets)
 
+    def check_length(self, length: int) -> None:
+        """Refuse sequences that the model has no positions for.
+
+        Raises:
+            ValueError: if ``length`` is more than its learned positions reach.
+        """
+        for positions in self.positions:
+            positions(length)
+
     def cache(self, length: int) -> list[KeyValueCache]:
         """Empty caches, one a layer, for sequences of ``length`` tokens.
 
         Raises:
             ValueError: if the model has no positions for so many, or sees later tokens.
         """
-        for positions in self.positions:
-            positions(length)
+        self.check_length(length)
         return [block.attention.cache(length) for block in self.blocks]
 
     @torch.no_grad()
@@ -276,12 +286,24 @@ def _check_sizes(dim, layers, heads, dropout, global_vectors) -> None:
         )
 
 
+def _check_options(hidden, embedding_dropout, rotary_base) -> None:
+    if hidden is not None and hidden < 1:
+        raise ValueError(f"model.hidden must be at least 1 or null, got {hidden}.")
+    if embedding_dropout is not None and not 0 <= embedding_dropout < 1:
+        raise ValueError(f"model.embedding_dropout must be in [0, 1), got {embedding_dropout}.")
+    if rotary_base is not None and not 0 < rotary_base < math.inf:
+        raise ValueError(
+            f"model.rotary_base must be positive, got {rotary_base}; null is for no rotary "
+            f"positions."
+        )
+
+
 def _check_names(attention, layout, documents, norm) -> None:
-    unknown = [name for name in layout if name not in attention]
+    known = sorted(name for name, make in attention.items() if callable(make))
+    unknown = [name for name in layout if name not in known]
     if unknown or not layout:
         raise ValueError(
-            f"layout must name attentions of {sorted(attention)}, got {list(layout)}; "
-            f"change `model.layout`."
+            f"layout must name attentions of {known}, got {list(layout)}; change `model.layout`."
         )
     if documents not in DOCUMENTS:
         raise ValueError(

@@ -79,6 +79,11 @@ def test_a_picture_of_a_very_long_sequence_shows_its_beginning(tmp_path):
     assert imread(tmp_path / "picture.png").std() > 0
 
 
+def test_a_single_token_has_a_picture_too(tmp_path):
+    gallery.draw_patterns({"a": parse("causal()")}, 1, tmp_path / "picture.png")
+    assert imread(tmp_path / "picture.png").std() > 0
+
+
 def command(monkeypatch, *arguments: str) -> None:
     monkeypatch.setattr(sys, "argv", ["gallery", *map(str, arguments)])
     gallery.main()

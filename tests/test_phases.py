@@ -11,16 +11,17 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from eval import evaluate
 from tests.commands import curve, train
-from tests.configs import composed
+from tests.configs import SMALL, composed
 from tests.phased import PHASES, Windowed, run
 from tests.tiny import LENGTH, TinyModel
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
 from training.checkpoint import read_checkpoint
-from training.phases import Phase, check_windows, read_phases
+from training.phases import Phase, check_model, read_phases
 
 ROOT = Path(__file__).parents[1]
 BOUNDARIES = [3, 7]
@@ -233,15 +234,21 @@ def test_a_mistake_in_the_phases_is_one_sentence(phases, overrides, message):
 
 def test_windows_need_a_model_that_takes_them():
     with pytest.raises(ValueError, match="TinyModel has no `set_windows`"):
-        check_windows(PHASES, TinyModel())
+        check_model(PHASES, TinyModel())
 
 
 def test_the_windows_of_every_phase_are_tried_before_training():
     model = Windowed()
-    check_windows(PHASES, model)
+    check_model(PHASES, model)
     assert model.windows == [1, 2]
-    with pytest.raises(ValueError, match=r"got \[1, 2, 3\]"):
-        check_windows([*PHASES, replace(PHASES[-1], windows=[1, 2, 3])], model)
+    with pytest.raises(ValueError, match=r"phases\[2\]: .*got \[1, 2, 3\]"):
+        check_model([*PHASES, replace(PHASES[-1], windows=[1, 2, 3])], model)
+
+
+def test_a_phase_that_is_longer_than_the_learned_positions_is_refused():
+    config = composed(*SMALL, "model.matrix_shape=[8, 8]", "data=sample", "run_id=x")
+    with pytest.raises(ValueError, match=r"phases\[2\]: learned positions reach 64 tokens"):
+        check_model([replace(PHASES[-1], windows=None, length=65)], instantiate(config.model))
 
 
 def test_train_and_eval_follow_the_phases(tmp_path):

@@ -170,8 +170,13 @@ def test_help_is_readable():
         (["resume=/no/such.ckpt"], 2, ["/no/such.ckpt"]),
         (["trainer.max_steps=1e3"], 2, ["trainer.max_steps", "whole number", "1000.0"]),
         (["model.attention.bigbird.block=two"], 2, ["bigbird.block", "whole number", "'two'"]),
-        (["model.dropout=null"], 2, ["model.dropout", "a number", "None"]),
+        (["model.dropout=null"], 2, ["model.dropout", "a number", "null"]),
         (["trainer.max_steps=null"], 2, ["trainer.max_minutes"]),
+        (["trainer=base"], 2, ["`trainer.accelerator` has no value"]),
+        (["model.layout=bigbird"], 2, ["model.layout", "a list of names", "'bigbird'"]),
+        (["optimizer.adamw_betas=[0.9]"], 2, ["adamw_betas", "a list of 2 numbers", "[0.9]"]),
+        (["optimizer.lr=abc"], 2, ["error: optimizer.lr must be a number"]),
+        (["callbacks.samples.top_p=2"], 2, ["top_p=2"]),
         (["trainer.precision=16"], 2, ["16", "bf16-mixed"]),
         (["schedule.decay=2"], 2, ["decay"]),
         (["logger=wandb"], 2, ["wandb"]),
@@ -187,7 +192,7 @@ def test_a_mistake_is_one_sentence_before_training_starts(tmp_path, arguments, s
     if status == 2:
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-    assert not (tmp_path / "run" / "checkpoints").exists()
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_traceback_is_there_for_who_wants_it(tmp_path):

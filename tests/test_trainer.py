@@ -181,6 +181,9 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path):
         ({"validate_every": 0}, "got 0; set `trainer.validate_every`"),
         ({"log_every": 0}, "got 0; set `trainer.log_every`"),
         ({"gradient_clip": 0.0}, "got 0.0; set `trainer.gradient_clip`"),
+        ({"gradient_clip": float("nan")}, "got nan; set `trainer.gradient_clip`"),
+        ({"devices": -1}, "trainer.devices must be auto or at least 1, got -1"),
+        ({"accelerator": "tpu"}, "auto, cpu or gpu, got tpu"),
     ],
 )
 def test_a_setting_out_of_range_is_refused_with_its_key(tmp_path, setting, message):

@@ -12,7 +12,7 @@ from typing import Any
 import lightning as L
 from hydra.errors import InstantiationException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
 USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, MisconfigurationException)
 EXIT_STATUS = 2
@@ -61,6 +61,10 @@ def one_sentence(error: BaseException | None) -> str | None:
         error = error.__cause__
     if isinstance(error, TypeError) and (sentence := _unknown_key(str(error))):
         return sentence
+    if isinstance(error, MissingMandatoryValue):
+        key = error.full_key.removeprefix("task.")  # which only refers to the other sections
+        choose = ", or choose another file of its group" if "." in key else ""
+        return f"`{key}` has no value; set {key}=...{choose}."
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"

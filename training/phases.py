@@ -1,6 +1,7 @@
 """Training in phases: parts of one run with a length, batch, rate and windows of their own."""
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -88,7 +89,8 @@ def read_phases(config: DictConfig) -> list[Phase]:
     if trainer.max_minutes is not None or trainer.max_steps not in ("auto", None, first):
         raise ValueError(
             f"the phases say how long the run is, {first:,} steps, got trainer.max_steps="
-            f"{trainer.max_steps} and trainer.max_minutes={trainer.max_minutes}; set both to null."
+            f"{trainer.max_steps} and trainer.max_minutes={trainer.max_minutes}; set both to null, "
+            f"or phases=null."
         )
     trainer.max_steps = first
     return phases
@@ -106,30 +108,27 @@ def _checked(key: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
     check_arguments(Phase, values, key)
     for name in ("steps", "lr"):
         _require_positive(key, name, values[name])
-    windows = values["windows"]
-    if windows is not None and not (
-        isinstance(windows, list) and all(type(window) is int for window in windows)
-    ):
-        raise ValueError(
-            f"{key}.windows must be a list of whole numbers, one a layer, got {windows!r}."
-        )
     return values
 
 
 def _require_positive(key: str, name: str, value: Any) -> None:
     check_arguments(Phase, {name: value}, key)
-    if value is None or value <= 0:
+    if value is None or not 0 < value < math.inf:
         raise ValueError(f"{key}.{name} must be positive, got {value}.")
 
 
-def check_windows(phases: Sequence[Phase], model: nn.Module) -> None:
-    """Try the windows of every phase on the model, which is left with those of the first.
+def check_model(phases: Sequence[Phase], model: nn.Module) -> None:
+    """Try the length and windows of every phase on the model, which is left with the first windows.
 
     Raises:
         ValueError: if it cannot take them.
     """
     for phase in reversed(phases):
-        _set_windows(phase, model)
+        try:
+            _set_windows(phase, model)
+            model.check_length(phase.length)
+        except ValueError as error:  # a model does not know the phases
+            raise ValueError(f"{phase.key}: {error}") from error
 
 
 def _set_windows(phase: Phase, model: nn.Module) -> None:

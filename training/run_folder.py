@@ -57,7 +57,7 @@ def choose_checkpoint(config: DictConfig) -> Path | None:
     if config.resume == "auto":
         checkpoint = last if last.exists() else None
     else:
-        checkpoint = None if config.resume is None else Path(config.resume)
+        checkpoint = None if config.resume is None else Path(str(config.resume))
     if checkpoint is not None:
         _require_same_settings(checkpoint, config)
     return checkpoint

@@ -28,14 +28,15 @@ class SequenceTask(L.LightningModule):
 
     Args:
         model: has ``loss(inputs, targets) -> (nats, count)``, ``vocab_size`` (the start id) and
-            ``patterns()``.
+            ``patterns()``; for masked tokens, ``masked``.
         objective: splits a batch into inputs and targets.
         optimizer: makes the optimizer from the model; its learning rates are the peak rates.
         schedule: ``(step, progress) -> factor`` of the peak rates, in each phase of the run.
         seed: what dropout draws depends on this, the step, the micro-batch and the rank alone.
 
     Raises:
-        ValueError: if the model's attention cannot be trained on this objective.
+        ValueError: if the model cannot be trained on this objective, or a setting of the optimizer
+            or the schedule is out of its range.
     """
 
     def __init__(
@@ -48,6 +49,14 @@ class SequenceTask(L.LightningModule):
     ):
         super().__init__()
         check_attention(objective, model.patterns())
+        if not objective.causal and not model.masked:
+            raise ValueError(
+                "masked tokens need a model with a mask id, got model.masked=false; leave it to "
+                "objective=masked_token."
+            )
+        # Wrong settings show here, before anything is written.
+        schedule(0, 0.0)
+        optimizer(model)
         self.model, self.objective = model, objective
         self._make_optimizer = optimizer
         self._schedule = schedule
@@ -60,7 +69,6 @@ class SequenceTask(L.LightningModule):
         return Budget.of(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
-        self._schedule(0, 0.0)  # a wrong setting shows before the first step
         optimizer = self._make_optimizer(self.model)
         # Kept here, because a resume overwrites the optimizer's with those of the checkpoint.
         self._settings = [

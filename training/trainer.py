@@ -69,7 +69,7 @@ def make_trainer(
     accelerator = _resolve_accelerator(accelerator, devices)
     precision = _resolve_precision(precision, accelerator)
     for name, value in [("log_every", log_every), ("gradient_clip", gradient_clip)]:
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}; set `trainer.{name}`.")
     trainer = L.Trainer(
         default_root_dir=output,
@@ -104,6 +104,10 @@ def make_trainer(
 
 
 def _resolve_accelerator(accelerator: str, devices: int | str) -> str:
+    if accelerator not in ("auto", "cpu", "gpu"):
+        raise ValueError(f"trainer.accelerator must be auto, cpu or gpu, got {accelerator}.")
+    if devices != "auto" and not (isinstance(devices, int) and devices > 0):
+        raise ValueError(f"trainer.devices must be auto or at least 1, got {devices}.")
     found = torch.cuda.device_count()
     if accelerator == "auto":
         accelerator = "gpu" if found else "cpu"  # Apple's GPUs have no float64

@@ -3,26 +3,34 @@
 import inspect
 import types
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hydra.utils import get_object
 from omegaconf import DictConfig, OmegaConf
 
 PLAIN = (bool, int, float, str, types.NoneType)
-NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "text"}
+NAMES = {
+    bool: "true or false", int: "a whole number", float: "a number", str: "text",
+    types.NoneType: "null",
+}  # fmt: skip
+ITEMS = {int: "whole numbers", float: "numbers", str: "names"}
 
 
 def check_types(config: DictConfig) -> None:
     """Compare each value with what the constructor that its `_target_` names is annotated with.
 
-    Only plain types are compared (whole numbers, numbers, text, true or false, null), and only
-    where the annotation lists nothing else.
+    Only plain types are compared (whole numbers, numbers, text, true or false, null, and lists of
+    these), and only where the annotation lists nothing else.
 
     Raises:
         ValueError: for the first value of another type.
+        MissingMandatoryValue: for the first key without a value.
     """
-    _check(OmegaConf.to_container(config, resolve=True), "")
+    plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    # Last, because it refers to other sections, by whose names the user knows their keys.
+    plain["task"] = plain.pop("task")
+    _check(plain, "")
 
 
 def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: str = "") -> None:
@@ -30,10 +38,10 @@ def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: 
     allowed = _plain_arguments(target)
     for name in allowed.keys() & values.keys():
         if not _fits(values[name], allowed[name]):
-            wanted = [NAMES[t] for t in NAMES if t in allowed[name]]
-            wanted += ["null"] * (types.NoneType in allowed[name])
+            wanted = " or ".join(map(_called, allowed[name]))
             place = f"{key}.{name}" if key else name
-            raise ValueError(f"{place} must be {' or '.join(wanted)}, got {values[name]!r}.")
+            given = "null" if values[name] is None else repr(values[name])
+            raise ValueError(f"{place} must be {wanted}, got {given}.")
 
 
 def _check(node: Any, key: str) -> None:
@@ -48,21 +56,46 @@ def _check(node: Any, key: str) -> None:
         _check(value, f"{key}.{name}" if key else name)
 
 
-def _plain_arguments(target: Callable[..., Any]) -> dict[str, tuple[type, ...]]:
+def _plain_arguments(target: Callable[..., Any]) -> dict[str, tuple[Any, ...]]:
     """Arguments of a function or class that take plain values only, with the types of each."""
     hints = typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
     plain = {}
     for name, hint in hints.items():
         union = typing.get_origin(hint) in (typing.Union, types.UnionType)
         options = typing.get_args(hint) if union else (hint,)
-        if all(option in PLAIN for option in options):
+        if all(option in PLAIN or _items(option) for option in options):
             plain[name] = options
     return plain
 
 
-def _fits(value: Any, options: tuple[type, ...]) -> bool:
+def _items(option: Any) -> tuple[type, ...]:
+    """The plain types of a list's items, one for all or one for each; empty if it is no list."""
+    kind, items = typing.get_origin(option), typing.get_args(option)
+    return items if kind in (Sequence, tuple) and all(item in ITEMS for item in items) else ()
+
+
+def _called(option: Any) -> str:
+    if items := _items(option):
+        number = f"{len(items)} " if typing.get_origin(option) is tuple else ""
+        return f"a list of {number}{ITEMS[items[0]]}"
+    return NAMES[option]
+
+
+def _fits(value: Any, options: tuple[Any, ...]) -> bool:
+    if isinstance(value, list):
+        return any(_fits_items(value, option) for option in options if _items(option))
     if type(value) is int and float in options:
         return True
     if type(value) in (int, float) and str in options:  # a text such as `16`, as yaml reads it
         return True
     return type(value) in options
+
+
+def _fits_items(values: list, option: Any) -> bool:
+    items = _items(option)
+    if typing.get_origin(option) is Sequence:
+        items = items * len(values)
+    return len(values) == len(items) and all(
+        type(value) is item or (type(value), item) == (int, float)
+        for value, item in zip(values, items, strict=True)
+    )

@@ -28,7 +28,7 @@ class BigBirdAttention(PatternAttention):
         seed: selects the draw.
 
     Raises:
-        ValueError: if a bidirectional window has no middle.
+        ValueError: if a number cannot be, or a bidirectional window has no middle.
     """
 
     def __init__(
@@ -46,6 +46,11 @@ class BigBirdAttention(PatternAttention):
         seed: int = 0,
         projections: MakeProjections = Projections,
     ):
+        if min(global_blocks, global_tokens, random_blocks) < 0:
+            raise ValueError(
+                f"global_blocks, global_tokens and random_blocks must be at least 0, got "
+                f"{global_blocks}, {global_tokens} and {random_blocks}."
+            )
         if causal:
             seen = patterns.window(window_blocks, block=block)
         elif window_blocks % 2:

@@ -100,6 +100,11 @@ def _pattern(window, causal, dilation, heads, global_tokens, rows: bool = True) 
     if causal:
         near, gaps = patterns.window(window), patterns.dilated(window, dilation)
     else:
+        if window < 2:
+            raise ValueError(
+                f"a bidirectional window reaches window // 2 to each side, so it must be at least "
+                f"2, got {window}."
+            )
         side = window // 2
         near, gaps = patterns.window(side, side), patterns.dilated(side, side, dilation)
     if dilation > 1 and dilated:

@@ -57,6 +57,8 @@ class SparseTransformerAttention(PatternAttention):
             local, far = patterns.window(stride), [patterns.strided(stride)]
             merged = [local | far[0]]
         else:
+            if cells < 1:
+                raise ValueError(f"cells must be at least 1, got {cells}.")
             count = max(1, stride // cells) if distinct_sub_blocks else 1
             local = patterns.window(1, block=stride)
             far = [patterns.summary(stride, cells, sub_block=n) for n in range(count)]

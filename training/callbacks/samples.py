@@ -8,7 +8,7 @@ from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.gallery import draw_patterns
-from evaluation.generation import generate
+from evaluation.generation import check_sampling, generate
 from training.loggers import log_picture
 
 
@@ -28,6 +28,9 @@ class Samples(L.Callback):
         temperature: divides the logits; 0 takes the most likely token.
         top_k: draws from so many most likely tokens; None: from all.
         top_p: draws from the most likely tokens that together have this probability.
+
+    Raises:
+        ValueError: if a number is negative, or a probability impossible.
     """
 
     def __init__(
@@ -39,6 +42,9 @@ class Samples(L.Callback):
         top_k: int | None,
         top_p: float,
     ):
+        if tokens < 0:
+            raise ValueError(f"callbacks.samples.tokens must be at least 0, got {tokens}.")
+        check_sampling(temperature, top_k, top_p)
         self.folder = Path(output) / "samples"
         self.prompt = prompt
         self.tokens = tokens
