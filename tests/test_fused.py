@@ -45,6 +45,7 @@ PATTERNS = {
     "dilated-bidirectional": dilated(3, 2, 4) | window(1, 1),
     "fixed": causal() & fixed(24, 8),
     "fixed-sub-block": causal() & fixed(24, 4, sub_block=2),
+    "fixed-one-cell": causal() & fixed(24, 1),
     "summary": causal() & summary(24, 8),  # rows without a key, keys without a query
     "summary-in-some-heads": causal() & per_head(window(5), summary(24, 8, sub_block=1)),
     "blocks": causal() & blocks("x..../xx.../.xx../x.xx./xx..x", block=40),
@@ -76,6 +77,20 @@ MOVED = [name for name in PATTERNS if name.startswith(("strided", "dilated", "fi
 )
 def test_every_pattern_is_as_exact_as_torch(name, length):
     assert_exact(PATTERNS[name], *inputs(B=1, L=length, Hq=4, Hkv=4, D=16, Dv=16, device=DEVICE))
+
+
+@pytest.fixture
+def nan_in_new_memory():
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_every_gradient_is_written(name, nan_in_new_memory):
+    q, k, v = inputs(B=1, L=70, Hq=4, Hkv=4, D=16, Dv=16, device=DEVICE)
+    for x in gradients(lambda *x: fused(*x, PATTERNS[name]), [q, k, v], *cotangents(q, v))[2:]:
+        assert x.isfinite().all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

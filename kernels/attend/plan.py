@@ -42,7 +42,7 @@ class Pass:
     @property
     def covers_keys(self) -> bool:
         """Whether every key is in the storage order, so that its gradient is written."""
-        return self.k_order.run == 1
+        return self.k_order.groups == self.k_order.step
 
 
 @functools.lru_cache(maxsize=512)
