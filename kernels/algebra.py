@@ -46,7 +46,9 @@ class Pattern:
             return self._encoded
         text = repr(self)
         filled = text + " " * (-len(text) % _ENCODED)
-        encoded = torch.tensor([ord(letter) for letter in filled], dtype=torch.uint8)
+        # On the CPU wherever a model is made: under `torch.device("meta")`, say.
+        letters = [ord(letter) for letter in filled]
+        encoded = torch.tensor(letters, dtype=torch.uint8, device="cpu")
         if not torch.compiler.is_compiling():
             object.__setattr__(self, "_encoded", encoded)
         return encoded

@@ -7,7 +7,7 @@ import math
 
 from torch import nn
 
-from models.embeddings import RasterPositions
+from models.attention.longformer import LongformerAttention
 
 
 def sparse_transformer(model: nn.Module) -> None:
@@ -24,14 +24,14 @@ def sparse_transformer(model: nn.Module) -> None:
     for name, linear in _linears(model):
         scale = (2 * len(model.blocks)) ** -0.5 if name.endswith(".out") else 1.0
         nn.init.normal_(linear.weight, std=scale * math.sqrt(0.125 / linear.in_features))
-    std = 0.125 / math.sqrt(model.dim)
-    nn.init.normal_(model.embedding.weight, std=std)
-    for positions in _positions(model):
-        positions.reset(std)
+    _copy_projections(model)
+    _draw_embeddings(model, 0.125 / math.sqrt(model.dim))
 
 
 def scaled_normal(model: nn.Module, *, std: float = 0.02) -> None:
-    """Every weight from ``N(0, std^2)``; output maps of blocks ``1 / sqrt(2 N)`` of that.
+    """Weights and embeddings from ``N(0, std^2)``; output maps of blocks ``1 / sqrt(2 N)`` of that.
+
+    The logits start at zero, unless the head is tied to the embedding.
 
     Source:
         GPT-2, Radford et al. 2019, section 2.3, with the embeddings of BERT, Devlin et al. 2018.
@@ -39,9 +39,8 @@ def scaled_normal(model: nn.Module, *, std: float = 0.02) -> None:
     for name, linear in _linears(model):
         scale = (2 * len(model.blocks)) ** -0.5 if name.endswith(".out") else 1.0
         nn.init.normal_(linear.weight, std=scale * std)
-    nn.init.normal_(model.embedding.weight, std=std)
-    for positions in _positions(model):
-        positions.reset(std)
+    _copy_projections(model)
+    _draw_embeddings(model, std)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -49,5 +48,15 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
     return [(n, m) for n, m in model.blocks.named_modules() if isinstance(m, nn.Linear)]
 
 
-def _positions(model: nn.Module) -> list[RasterPositions]:
-    return [module for module in model.modules() if isinstance(module, RasterPositions)]
+def _copy_projections(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, LongformerAttention):
+            module.copy_projections()
+
+
+def _draw_embeddings(model: nn.Module, std: float) -> None:
+    nn.init.normal_(model.embedding.weight, std=std)
+    if model.global_vectors is not None:
+        nn.init.normal_(model.global_vectors.weight, std=std)
+    for positions in model.positions:
+        positions.reset(std)

@@ -134,7 +134,8 @@ class Transformer(nn.Module):
         self.positions = nn.ModuleList(RasterPositions(dim, shape, std) for shape in shapes)
         self.global_vectors = None
         if global_vectors:
-            self.global_vectors = nn.Parameter(std * torch.randn(global_vectors, dim))
+            self.global_vectors = nn.Embedding(global_vectors, dim)
+            nn.init.normal_(self.global_vectors.weight, std=std)
         _check_combination(self)
         if initialise is not None:
             initialise(self)
@@ -185,7 +186,8 @@ class Transformer(nn.Module):
             x = x + positions(length, first)
         extra = self._extra
         if extra:
-            x = torch.cat((self.global_vectors.to(x.dtype).expand(len(x), -1, -1), x), dim=1)
+            vectors = self.global_vectors.weight.to(x.dtype)
+            x = torch.cat((vectors.expand(len(x), -1, -1), x), dim=1)
         x = self.dropout(x)
         rotary = self._rotary_tables(extra + length, tokens.device, first)
         context = Context(rotary, self._documents(tokens))
@@ -196,6 +198,11 @@ class Transformer(nn.Module):
             else:
                 x = block(x, context)
         return x[:, extra:]
+
+    @property
+    def _extra(self) -> int:
+        """Global vectors in front of the tokens."""
+        return 0 if self.global_vectors is None else self.global_vectors.num_embeddings
 
     def _rotary_tables(
         self, length: int, device: torch.device, first: int
@@ -210,12 +217,7 @@ class Transformer(nn.Module):
         if self.documents != "pack" and not padded:
             return None
         documents = (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
-        return F.pad(documents, (self._extra, 0))  # of the first document: the others are padding
-
-    @property
-    def _extra(self) -> int:
-        """How many vectors stand in front of the tokens."""
-        return 0 if self.global_vectors is None else len(self.global_vectors)
+        return F.pad(documents, (self._extra, 0))  # of the first document: others are padding
 
     def set_windows(self, windows: Sequence[int]) -> None:
         """Give each layer a window of its own, as Longformer's staged training does.

@@ -9,9 +9,11 @@ import yaml
 from hydra import compose, initialize
 from omegaconf import OmegaConf
 
+from tests.configs import CONF, composed
 from tests.tiny import fit
 from training.checkpoint import AtomicCheckpointIO, model_weights, read_checkpoint, rebuild
 
+EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
 CHECKPOINT = {
     "pytorch-lightning_version": "2.6.6",
     "state_dict": {"model.weight": torch.arange(3.0)},
@@ -123,6 +125,13 @@ def test_a_model_is_rebuilt_from_saved_text_with_equal_weights_and_names():
     rebuild(text, "model").load_state_dict(model_weights({"state_dict": state}))
 
 
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_the_model_of_every_experiment_is_rebuilt(experiment):
+    config = composed(f"experiment={experiment}", "run_id=x", "model.layers=2")
+    with torch.device("meta"):
+        rebuild(OmegaConf.to_yaml(config, resolve=True), "model")
+
+
 def test_data_are_rebuilt_with_what_the_caller_replaces():
     assert rebuild(yaml.safe_dump(small_config()), "data", workers=0).workers == 0
 
@@ -136,6 +145,8 @@ def test_data_are_rebuilt_with_what_the_caller_replaces():
         "models.transformer.torch.load",
         "models.transformer.nn.Linear",  # prefix ours, class torch's
         "models.transformer.F.relu",
+        "models.embeddings.rotary_tables",  # a function, and no initialisation
+        "models.initialisation.nn.init.zeros_",
         "models.transformer",  # a module
         "models.heads.os.system",
         "modelsx.Transformer",

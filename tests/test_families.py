@@ -19,6 +19,7 @@ from models.feed_forward import MLP
 from models.initialisation import scaled_normal, sparse_transformer
 from models.transformer import Transformer
 from tests.configs import composed
+from training.optimizers import adamw
 
 sparse = partial(SparseTransformerAttention, 32, 4, stride=16)
 longformer = partial(LongformerAttention, 32, 4)
@@ -122,6 +123,33 @@ def test_output_maps_of_scaled_normal_weights_shrink_with_depth():
     projections = model.blocks[0].attention.projections
     assert projections.qkv.weight.std().item() == pytest.approx(0.02, rel=0.05)
     assert projections.out.weight.std().item() == pytest.approx(0.01, rel=0.05)
+
+
+@pytest.mark.parametrize("initialise", [scaled_normal, sparse_transformer])
+def test_initial_weights_leave_copies_of_maps_and_vectors_as_large_as_tokens(initialise):
+    attention = partial(LongformerAttention, causal=False, window=4, global_tokens=64)
+    model = transformer(attention, dim=64, global_vectors=64, initialise=initialise)
+    for block in model.blocks:
+        own, common = block.attention.global_projections, block.attention.projections
+        assert torch.equal(own.qkv.weight, common.qkv.weight)
+    vectors, tokens = model.global_vectors.weight, model.embedding.weight
+    assert vectors.std().item() == pytest.approx(tokens.std().item(), rel=0.1)
+
+
+def test_adamw_decays_the_maps_and_the_head_of_a_model_alone():
+    attention = partial(LongformerAttention, causal=False, window=4, global_tokens=2)
+    model = transformer(attention, layers=1, global_vectors=2, matrix_shape=[8, 8], norm="layer")
+    decayed, kept = adamw(model, lr=0.1, betas=(0.9, 0.99), weight_decay=1, eps=1e-8).param_groups
+    names = {id(p): name for name, p in model.named_parameters()}
+    assert {names[id(p)] for p in decayed["params"]} == {
+        "blocks.0.attention.projections.qkv.weight",
+        "blocks.0.attention.projections.out.weight",
+        "blocks.0.attention.global_projections.qkv.weight",
+        "blocks.0.feed_forward.gate_and_up.weight",
+        "blocks.0.feed_forward.out.weight",
+        "head.weight",
+    }
+    assert kept["weight_decay"] == 0
 
 
 def test_quick_gelu_is_a_sigmoid_of_1_702_x():
@@ -246,7 +274,7 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
     nats, count = with_vectors.loss(tokens, tokens)
     assert count == 64
     nats.backward()
-    assert with_vectors.global_vectors.grad.any()
+    assert with_vectors.global_vectors.weight.grad.any()
 
 
 # What cannot be

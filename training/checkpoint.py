@@ -16,6 +16,8 @@ from torch import Tensor
 
 # Where the classes of a section of a saved config may be defined.
 PACKAGES = {"model": "models", "data": "data"}
+# Functions are instantiated from here only: they draw initial weights, and do nothing else.
+INITIALISATION = "models.initialisation"
 # What Hydra reads in a node besides arguments; `_args_` would call with positional arguments.
 HYDRA_KEYS = {"_target_", "_partial_", "_convert_", "_recursive_"}
 
@@ -141,7 +143,7 @@ def _check(node: Any, key: str, package: str) -> None:
             hidden = isinstance(name, str) and name.startswith("_") and name.endswith("_")
             if hidden and name not in HYDRA_KEYS:
                 raise ValueError(f"the saved configuration was refused: `{key}` has a `{name}`.")
-        if "_target_" in node and not _is_class_of(node["_target_"], package):
+        if "_target_" in node and not _is_defined_in(package, node["_target_"]):
             raise ValueError(
                 f"the saved configuration was refused: `{key}._target_` is {node['_target_']!r}, "
                 f"and only classes defined in `{package}` are instantiated."
@@ -153,8 +155,8 @@ def _check(node: Any, key: str, package: str) -> None:
         raise ValueError(f"the saved configuration was refused: `{key}` interpolates {node!r}.")
 
 
-def _is_class_of(target: Any, package: str) -> bool:
-    """Whether ``target`` is the dotted path at which a class of ``package`` is *defined*.
+def _is_defined_in(package: str, target: Any) -> bool:
+    """Whether ``target`` is the path at which a class (or initialisation) of it is *defined*.
 
     A prefix is not enough: `models.transformer.torch.load` has ours and is torch's.
     """
@@ -165,7 +167,8 @@ def _is_class_of(target: Any, package: str) -> bool:
         found = getattr(importlib.import_module(module_name), name, None)
     except ModuleNotFoundError:
         return False
-    return inspect.isclass(found) and found.__module__ == module_name
+    known = inspect.isfunction if module_name == INITIALISATION else inspect.isclass
+    return known(found) and found.__module__ == module_name
 
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:

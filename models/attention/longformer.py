@@ -75,6 +75,11 @@ class LongformerAttention(PatternAttention):
             self.global_projections = copy.deepcopy(self.projections)
             self.global_projections.out = None  # heads are joined by the common map
 
+    def copy_projections(self) -> None:
+        """Make the maps of global tokens, if any, copies of the others, as they start."""
+        if self.global_projections is not None:
+            self.global_projections.qkv.load_state_dict(self.projections.qkv.state_dict())
+
     def set_window(self, window: int) -> None:
         """Change the window, as from one phase of training to the next."""
         self.pattern = encoded(_pattern(window, **self._shape))
