@@ -235,4 +235,4 @@ def test_a_model_that_cannot_go_so_far_is_refused_before_it_begins():
     with pytest.raises(ValueError, match=r"learned positions reach 20 tokens \(5, 4\), got 35"):
         generate(raster, prompt, 25)
     with pytest.raises(ValueError, match=r"needs a causal pattern, got full\(\)"):
-        generate(build("model=dense", "+model.attention.dense.causal=false"), prompt, 1)
+        generate(build("model=dense", "model.attention.dense.causal=false"), prompt, 1)
