@@ -192,7 +192,9 @@ def test_a_mistake_is_one_sentence_before_training_starts(tmp_path, arguments, s
     if status == 2:
         errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
         assert len(errors) == 1
-    assert not (tmp_path / "run").exists()
+    written = (tmp_path / "run").exists()
+    assert written == (arguments == ["logger=wandb"])  # a logger opens in the run's folder
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_the_traceback_is_there_for_who_wants_it(tmp_path):
