@@ -13,6 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 
+import kernels.attend
 from kernels.attend import attend
 from kernels.heads import split_heads
 from models.attention import pattern, projections
@@ -159,6 +160,34 @@ def test_one_graph_serves_layers_that_differ_in_numbers(attention, monkeypatch, 
     with torch.no_grad():
         model(torch.randint(16, (1, 32), device=kernel_device))
     assert len(graphs) == 1
+
+
+@no_gpu
+def test_windows_of_every_layer_and_phase_are_compiled_in_training_and_validation(monkeypatch):
+    monkeypatch.setattr(kernels.attend, "choose", lambda *_: "fused")  # as "auto" on a GPU
+    compile_in_place = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", partialmethod(compile_in_place, backend="eager")
+    )
+    layers, phases = 5, 2
+    model = Transformer(
+        vocab_size=16, dim=32, layers=layers, heads=2, dropout=0.1, layout=["a"],
+        attention={"a": partial(LongformerAttention, window=4)},
+    )  # fmt: skip
+    tokens = torch.randint(16, (1, 17))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(
+        recompile_limit=8, accumulated_recompile_limit=16, fail_on_recompile_limit_hit=True
+    ):
+        compile_blocks(model, phases)
+        for phase in range(phases):
+            model.set_windows([2 + phase * layers + n for n in range(layers)])
+            for training in (False, True):
+                model.train(training)
+                with torch.set_grad_enabled(training):
+                    nats, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+                if training:
+                    nats.backward()
 
 
 def test_auto_takes_the_cpu_in_full_precision_where_there_is_no_gpu(tmp_path):

@@ -6,7 +6,8 @@ from torch import nn
 
 from training.phases import Phases
 
-SPARE = 8  # graphs beside one a layer: other lengths, validation
+KINDS = 2  # of graphs of a layer: training, and validation without gradients
+SPARE = 8  # graphs beside those: other lengths
 
 
 class Compilation(L.Callback):
@@ -21,9 +22,10 @@ def compile_blocks(model: nn.Module, phases: int = 1) -> None:
 
     One graph serves all layers that are alike, whatever random blocks they draw. Layers with
     windows of their own have a graph each, in each phase of a run anew, and torch would run those
-    past its limit of recompilations (8) uncompiled, with a warning.
+    past its limits of recompilations (8, and 256 in all) uncompiled, with a warning.
     """
-    limit = max(torch._dynamo.config.recompile_limit, phases * len(model.blocks) + SPARE)
-    torch._dynamo.config.recompile_limit = limit
+    config, needed = torch._dynamo.config, KINDS * phases * len(model.blocks) + SPARE
+    config.recompile_limit = max(config.recompile_limit, needed)
+    config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, needed)
     for block in model.blocks:
         block.compile()
