@@ -292,6 +292,7 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
         (lambda: BigBirdAttention(32, 4, 0, causal=False, window_blocks=2), "odd, got 2"),
         (lambda: BigBirdAttention(32, 4, 0, global_tokens=-2), "got 2, -2 and 3"),
         (lambda: Projections(32, 4, qk_dim=10), "heads=4, got 10"),
+        (lambda: Projections(32, 4, qk_dim=12), "heads=4, got 12"),  # heads of 3
         (lambda: MLP(4, None, activation="relu"), "got relu"),
         (lambda: transformer(BigBirdAttention, norm="batch"), "got batch"),
         (lambda: transformer(BigBirdAttention, global_vectors=4), "see later tokens"),

@@ -22,7 +22,7 @@ class Projections(nn.Module):
         qk_dim: width of all queries together, and of all keys; None: ``dim``.
 
     Raises:
-        ValueError: if ``qk_dim`` is no multiple of ``heads``.
+        ValueError: if ``qk_dim`` gives a head no whole pairs.
 
     Source:
         QK-norm: Henry et al. 2020, arXiv:2010.04245, with RMSNorm and a learned gain in place of
@@ -40,10 +40,10 @@ class Projections(nn.Module):
     ):
         super().__init__()
         qk_dim = dim if qk_dim is None else qk_dim
-        if qk_dim < 1 or qk_dim % heads:
+        if qk_dim < 1 or qk_dim % (2 * heads):
             raise ValueError(
-                f"qk_dim must be a multiple of heads={heads}, got {qk_dim}; null is the width of "
-                f"the model."
+                f"qk_dim must be an even multiple of heads={heads}, got {qk_dim}; null is the "
+                f"width of the model."
             )
         self.dim, self.heads, self.qk_dim = dim, heads, qk_dim
         self.qkv = nn.Linear(dim, 2 * qk_dim + dim, bias=bias)
