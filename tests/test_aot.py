@@ -84,7 +84,7 @@ def test_rules_of_one_form_in_one_kernel_are_told_apart():
 HEADS = """
 import sys, torch
 from bench.compiling import compiled_for
-from kernels.heads import split_heads
+from kernels.qkv import split_heads
 with compiled_for(int(sys.argv[1]), copy_engine=False) as found:
     for size, dtype in ((16, torch.bfloat16), (64, torch.bfloat16), (128, torch.float32)):
         qkv, gain, angle = torch.zeros(1, 64, 6 * size), torch.ones(size), torch.ones(64, size // 2)

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging
 
 import kernels.attend
 from kernels.attend import attend
-from kernels.heads import split_heads
+from kernels.qkv import split_heads
 from models.attention import pattern, projections
 from models.attention.bigbird import BigBirdAttention
 from models.attention.longformer import LongformerAttention

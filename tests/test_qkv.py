@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import library
 
-from kernels.heads import split_heads
+from kernels.qkv import split_heads
 from tests.oracle import gradients
 
 ALL = ("norm-and-rotary", "norm", "rotary")
