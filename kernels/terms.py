@@ -1,7 +1,6 @@
 """The terms that patterns are made of; `kernels.patterns` has their constructors and rules."""
 
 import functools
-import operator
 from dataclasses import dataclass, replace
 
 import torch
@@ -181,8 +180,8 @@ class Fixed(Pattern):
         return Summary(self.length, self.cells, self.sub_block)
 
     def _visible(self, i, j, head, length):
-        parts = self.local, self.summary
-        return functools.reduce(operator.or_, (p._visible(i, j, head, length) for p in parts))
+        own_block = self.local._visible(i, j, head, length)
+        return own_block | self.summary._visible(i, j, head, length)
 
     def _spans(self, grid):
         return self.local._spans(grid) | self.summary._spans(grid)

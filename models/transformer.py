@@ -23,7 +23,7 @@ NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; dropout on what is added.
 
-    This is the residual form of the Sparse Transformer too (Child et al. 2019, eq. 12-16).
+    This is the residual form of the Sparse Transformer too (Child et al. 2019, section 5.2).
     """
 
     def __init__(

@@ -24,8 +24,7 @@ class LongformerAttention(PatternAttention):
 
     The leading ``global_tokens`` are seen by every later token. Bidirectional they also see every
     token, through queries, keys and values of their own (section 3.1) that start as copies of the
-    others, where no function draws all weights anew; other tokens see them by the common maps, in
-    one softmax with the window.
+    others; other tokens see them by the common maps, in one softmax with the window.
 
     Args:
         causal: later tokens are hidden.

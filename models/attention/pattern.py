@@ -63,6 +63,6 @@ class PatternAttention(nn.Module):
 
 
 def encoded(pattern: Pattern) -> Pattern:
-    """The pattern, with its text encoded beforehand: what `torch.compile` would trace is found."""
-    assert pattern.encoded is not None
+    """The pattern, which keeps its encoded text from here on: `torch.compile` need not trace it."""
+    _ = pattern.encoded
     return pattern
