@@ -93,7 +93,6 @@ def _in_its_own_process(run: str, length: int, options) -> dict:
 def measure(run: str, length: int, options) -> dict:
     """Train for some steps and time them."""
     torch.manual_seed(0)
-    torch.set_float32_matmul_precision("high")
     model, optimizer = _built(run, length, options)
     batches = _batches(length, options.tokens)
     step = partial(_step, model, optimizer)
