@@ -73,8 +73,8 @@ class Corpus(ABC):
     def open(self) -> dict[str, Split]:
         """The splits by name (`SPLITS`); only maps files into memory."""
 
-    def words(self, split: Split) -> int | None:
-        """Words of a part of the corpus, for word-level results; None where none are reported."""
+    def words(self, tokens: np.ndarray) -> int | None:
+        """Words of a part of one document, for word-level results; None where none are reported."""
         return None
 
     @property

@@ -26,6 +26,7 @@ from data.windows import (
     Stream,
     TrainingWindows,
     evaluation_order,
+    spread,
     training_samples,
 )
 
@@ -53,8 +54,8 @@ class SequenceData(L.LightningDataModule):
         length: tokens in a window.
         batch_tokens: tokens in an optimizer step, over all devices.
         micro_tokens: tokens in a forward pass of one device; None takes its share in one pass.
-        validation_tokens: how many of the first validation tokens are scored; None takes
-            1,048,576, or 65,536 on a CPU.
+        validation_tokens: how many validation tokens are scored, in windows at even distances;
+            None takes 1,048,576, or 65,536 on a CPU.
         vocab_size: number of different tokens; the start id is the next number.
         documents: ``"stream"``: the corpus is one text without borders; ``"pack"``: windows run
             across documents, each of which begins with the start id; ``"split"``: each window lies
@@ -172,12 +173,15 @@ class SequenceData(L.LightningDataModule):
 
     def words(self, split: Split) -> int | None:
         """Words of a part of the corpus, None where no word-level results are reported."""
-        return self.corpus.words(split) if self.masking is None else None
+        documents = zip(split.starts, split.ends, strict=True)
+        return self._words(split.tokens[start:end] for start, end in documents)
 
-    @cached_property
+    @property
     def validation_words(self) -> int | None:
         """Words of the validation tokens that are scored in training."""
-        return self.words(self._validation)
+        windows, numbers = self._validation
+        targets = (row[1:] for row in windows[numbers])
+        return self._words(piece for row in targets for piece in self._documents_of(row))
 
     def keep_tokenizer(self, folder: str) -> None:
         """Copy a tokenizer that was trained to ``folder``, as `TOKENIZER`; nothing if none was."""
@@ -207,9 +211,9 @@ class SequenceData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """This device's part of the validation tokens; all devices have equally many batches."""
-        windows = self.evaluation_windows(self._validation, self.length)
+        windows, numbers = self._validation
         share = self.phases[self.phase].share(self.trainer.global_rank, self.trainer.world_size)
-        order = evaluation_order(len(windows), **share)
+        order = evaluation_order(numbers, **share)
         # Reading a batch takes microseconds, starting workers for every validation far longer.
         return self._loader(windows, order, workers=0)
 
@@ -234,9 +238,23 @@ class SequenceData(L.LightningDataModule):
         )
 
     @property
-    def _validation(self) -> Split:
+    def _validation(self) -> tuple[EvaluationWindows | MaskedWindows, Sequence[int]]:
+        """Windows of validation, and the numbers of those that are scored in training."""
+        windows = self.evaluation_windows(self.split("validation"), self.length)
         default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
-        return self.split("validation").first(self.validation_tokens or default)
+        kept = (self.validation_tokens or default) // self.length
+        return windows, spread(len(windows), kept)
+
+    def _words(self, pieces: Iterable[np.ndarray]) -> int | None:
+        if self.masking is not None:
+            return None
+        words = [self.corpus.words(piece) for piece in pieces]
+        return None if None in words else sum(words)
+
+    def _documents_of(self, targets: np.ndarray) -> list[np.ndarray]:
+        """The scored tokens of a window, those of each document apart."""
+        pieces = np.split(targets, np.flatnonzero(targets == self.vocab_size))
+        return [piece[(piece >= 0) & (piece < self.vocab_size)] for piece in pieces]
 
     def _training_windows(self) -> list[TrainingWindows | MaskedWindows]:
         """Windows of each phase."""

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from tqdm import tqdm
 
 from data.corpus import SPLITS, Corpus, Split
@@ -94,12 +95,9 @@ class Documents(Corpus):
             for name, (folder, note) in self._prepared.items()
         }
 
-    def words(self, split: Split) -> int:
-        total = 0
-        for start, end in zip(split.starts, split.ends, strict=True):
-            text = self.vocabulary.decode(split.tokens[start:end])
-            total += len(text.decode(errors="ignore").split())  # a limit may cut a character
-        return total
+    def words(self, tokens: np.ndarray) -> int:
+        text = self.vocabulary.decode(tokens)
+        return len(text.decode(errors="ignore").split())  # a part may begin within a character
 
     def _make_vocabulary(
         self, training: Sequence[Document], digests: Mapping[str, str]

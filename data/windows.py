@@ -6,6 +6,7 @@ document ``d`` is item ``t + d + 1``. A row is ``length + 1`` neighbouring items
 ``row[1:]``. A target that is the start id or padding is not scored. ``B`` counts rows.
 """
 
+import sys
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -145,14 +146,23 @@ def training_samples(
             yield range(start, start + micro)
 
 
-def evaluation_order(windows: int, *, rank: int, world_size: int, micro: int) -> list[range]:
+def spread(windows: int, kept: int) -> Sequence[int]:
+    """Numbers of ``kept`` of so many windows, at even distances; at least one, at most all."""
+    kept = min(max(kept, 1), windows)
+    return [n * windows // kept for n in range(kept)]
+
+
+def evaluation_order(
+    windows: Sequence[int], *, rank: int, world_size: int, micro: int
+) -> list[list[int]]:
     """Windows of one device's forward passes, at most ``micro`` in each.
 
     They go to the ranks in turn. All ranks get equally many, so that none waits for another; the
     excess lies past the end and is padding only.
     """
-    rounds = -(-windows // world_size)
-    mine = range(rank, rounds * world_size, world_size)
+    rounds = -(-len(windows) // world_size)
+    excess = [sys.maxsize] * (rounds * world_size - len(windows))
+    mine = [*windows, *excess][rank::world_size]
     return [mine[first : first + micro] for first in range(0, rounds, micro)]
 
 

@@ -183,9 +183,13 @@ def validation_targets(data):
     return targets[targets >= 0]
 
 
-def test_validation_scores_the_first_tokens_of_its_split(make_data):
-    data = make_data(validation_tokens=500)
-    assert validation_targets(data).tolist() == data.split("validation").tokens[:500].tolist()
+def test_validation_scores_windows_from_all_over_its_split(make_data):
+    data = make_data(validation_tokens=5 * LENGTH + 3)
+    tokens = data.split("validation").tokens
+    windows = -(-len(tokens) // LENGTH)
+    firsts = [n * windows // 5 * LENGTH for n in range(5)]
+    expected = np.concatenate([tokens[first : first + LENGTH] for first in firsts])
+    assert validation_targets(data).tolist() == expected.tolist()
 
 
 def test_validation_takes_the_whole_split_if_it_is_smaller(make_data):

@@ -6,13 +6,17 @@ import hashlib
 import json
 import urllib.parse
 from http.server import BaseHTTPRequestHandler
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from hydra.utils import instantiate
+from lightning.pytorch.accelerators import CPUAccelerator
 
 from data import pg19
 from data.corpus import SPLITS
 from data.pg19 import CHECKSUMS, PG19, SAMPLE, Sample
+from tests.configs import composed
 from tests.serving import serving
 
 SIZES = {"bytes": 256, "sentencepiece": 400}
@@ -65,7 +69,7 @@ def test_a_folder_is_taken_as_it_is_and_its_books_come_back(tmp_path, tokenizer,
     assert made.vocab_size == size
     split = made.open()["test"]
     assert split.note == "1 of 100 books, 0 equal to the official files"
-    assert made.words(split) == 4
+    assert made.words(split.tokens) == 4
     assert made.units[split.tokens].sum() == len("A cat ran.\nAway!\n")
 
 
@@ -78,11 +82,20 @@ def test_a_tokenizer_file_serves_where_the_cache_is_gone(tmp_path):
         assert second.open()[name].tokens.tolist() == first.open()[name].tokens.tolist()
 
 
-def test_words_of_a_limit_are_those_of_what_is_scored(tmp_path):
-    made = prepared(folder_of(tmp_path / "books"), tmp_path / "cache")
-    train = made.open()["train"]
-    assert made.words(train) == 40 * 4 + 50 * 3
-    assert made.words(train.first(len("A dog ran"))) == 3
+def test_words_are_those_of_what_is_scored(tmp_path):
+    folder = folder_of(tmp_path / "books")
+    (folder / "validation" / "31.txt").write_text("Go on.")
+    config = composed(
+        "data=pg19", f"data.path={folder}", f"paths.cache={tmp_path / 'cache'}",
+        "data.length=8", "data.batch_tokens=8",
+    )  # fmt: skip
+    data = instantiate(config.data)
+    data.trainer = SimpleNamespace(accelerator=CPUAccelerator())
+    data.prepare_data()
+    train = data.split("train")
+    assert data.words(train) == 40 * 4 + 50 * 3
+    assert data.words(train.first(len("A dog ran"))) == 3
+    assert data.validation_words == 2 + 2 + 1  # "The dog ", "sat.\n" and "Go", " on."
 
 
 def data_set():

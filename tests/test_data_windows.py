@@ -110,7 +110,7 @@ def test_every_validation_token_is_scored_exactly_once(documents, mode, length, 
     split = numbered(documents)
     windows = EvaluationWindows(Stream(split, mode, START), length)
     orders = [
-        evaluation_order(len(windows), rank=rank, world_size=world_size, micro=micro)
+        evaluation_order(range(len(windows)), rank=rank, world_size=world_size, micro=micro)
         for rank in range(world_size)
     ]
     rows = np.concatenate([windows[part] for order in orders for part in order])

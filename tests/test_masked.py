@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 import eval as evaluation_script
 from evaluation.masked import score_masked
 from evaluation.measures import bits_per_masked_byte
-from tests.commands import curve, place, run, train
+from tests.commands import WHOLE, curve, place, run, train
 from tests.configs import BOTH_SIDES, SMALL, composed
 from tests.tiny import LENGTH, TinyData, TinyModel, fit, rows, tiny_task
 from training.objectives import MaskedToken
@@ -147,7 +147,7 @@ def test_an_objective_that_the_attention_cannot_have_is_refused(overrides, words
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs") / "run"
-    train(folder, "model=dense", *MASKED, "trainer.max_steps=20")
+    train(folder, "model=dense", *MASKED, *WHOLE, "trainer.max_steps=20")
     return folder
 
 
@@ -176,18 +176,18 @@ def test_a_run_learns_and_reports_masked_bytes_alone(folder):
 
 
 def test_eval_equals_validation_in_training_every_time(folder):
-    arguments = ["split=validation", "limit=1000"]
+    arguments = ["split=validation"]
     checkpoint = folder / "checkpoints" / "last.ckpt"
     result = run("eval.py", f"checkpoint={checkpoint}", place(folder)[1], "device=cpu", *arguments)
     assert result.returncode == 0, result.stderr
     saved = json.loads((folder / "evaluation.json").read_text())
     in_training = curve(folder)[20]["val/bits_per_masked_byte"]
     assert saved["bits_per_masked_byte"] == pytest.approx(in_training, rel=1e-6)
-    masked = 15 * round(0.15 * 64) + round(0.15 * 40)  # 1,000 tokens in windows of 64
+    masked = 16 * round(0.15 * 64) + round(0.15 * 15)  # 1,039 tokens in windows of 64
     assert saved["masked_bytes_scored"] == saved["masked_tokens_scored"] == masked
-    assert (saved["tokens_read"], saved["context"]) == (1000, 64)
+    assert (saved["tokens_read"], saved["context"]) == (1039, 64)
     assert not saved.keys() & {"bits_per_byte", "stride", "word_perplexity"}
-    for text in (f"{saved['bits_per_masked_byte']:.4f}", "1,000 (the first of 207,720)"):
+    for text in (f"{saved['bits_per_masked_byte']:.4f}", "1,039 (all)"):
         assert text in result.stdout
     assert evaluate(folder, *arguments)["bits_per_masked_byte"] == saved["bits_per_masked_byte"]
 
