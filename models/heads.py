@@ -26,9 +26,16 @@ class Head(nn.Module):
         else:
             self.weight = embedding.weight
 
-    def forward(self, x: Tensor) -> Tensor:
-        """``(..., dim)`` -> logits ``(..., vocab_size)``."""
-        return F.linear(self.norm(x), self.weight[: self.vocab_size])
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        """``(..., dim)`` -> logits ``(..., vocab_size)``.
+
+        With ``targets (N,)`` of ``x (N, dim)``, what `nats` says of them: the logits of so many
+        tokens are held at once.
+        """
+        logits = F.linear(self.norm(x), self.weight[: self.vocab_size])
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")
 
     def loss(self, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Negative log-likelihood of ``targets``, in nats.
@@ -47,10 +54,7 @@ class Head(nn.Module):
         flat_x, flat_targets = x.flatten(0, 1), targets.flatten()
         tokens = max(LOGITS_AT_ONCE // self.vocab_size, 1)
         if len(flat_x) <= tokens:
-            return self._nats(flat_x, flat_targets).view_as(targets)
+            return self(flat_x, flat_targets).view_as(targets)
         chunks = zip(flat_x.split(tokens), flat_targets.split(tokens), strict=True)
-        parts = [checkpoint(self._nats, *chunk, use_reentrant=False) for chunk in chunks]
+        parts = [checkpoint(self, *chunk, use_reentrant=False) for chunk in chunks]
         return torch.cat(parts).view_as(targets)
-
-    def _nats(self, x: Tensor, targets: Tensor) -> Tensor:
-        return F.cross_entropy(self(x).float(), targets, ignore_index=-1, reduction="none")

@@ -1,4 +1,4 @@
-"""torch.compile for a model's blocks."""
+"""torch.compile for a model's blocks and its head."""
 
 import lightning as L
 import torch
@@ -11,14 +11,14 @@ SPARE = 8  # graphs beside those: other lengths
 
 
 class Compilation(L.Callback):
-    """Compiles the model's blocks before training."""
+    """Compiles the model's blocks and its head before training."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         compile_blocks(pl_module.model, phases=len(Phases.of(trainer).phases))
 
 
 def compile_blocks(model: nn.Module, phases: int = 1) -> None:
-    """Compile every block in place: no parameter is renamed.
+    """Compile every block and the head in place: no parameter is renamed.
 
     One graph serves all layers that are alike, whatever random blocks they draw. Layers with
     windows of their own have a graph each, in each phase of a run anew, and torch would run those
@@ -29,3 +29,5 @@ def compile_blocks(model: nn.Module, phases: int = 1) -> None:
     config.accumulated_recompile_limit = max(config.accumulated_recompile_limit, needed)
     for block in model.blocks:
         block.compile()
+    # Uncompiled, a step of 144 ms with 16,384 subwords took 60 ms longer than one with bytes.
+    model.head.compile()
