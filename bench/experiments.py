@@ -1,7 +1,8 @@
 """Experiments for some minutes, beside their dense twins:  python -m bench.experiments NAME ...
 
-A twin is the same experiment with dense attention in every layer. Runs share the GPUs that there
-are, one each at a time. Prints a table, and writes it, the metrics and a picture of the curves to
+A twin is the same experiment with dense attention in every layer. Lengths and windows are
+published ones, those of the last phase where there are several; a step is one forward pass, so that
+minutes hold many. Runs share the GPUs that there are, one each at a time. Prints a table, and writes it, the metrics and a picture of the curves to
 ``--out``. What follows ``--`` are overrides of all runs, such as the data:
 
     python -m bench.experiments bigbird_enwik8 --minutes 3 -- data=bytes data.path=FILE
@@ -19,6 +20,7 @@ from pathlib import Path
 
 import torch
 from hydra import compose, initialize
+from omegaconf import DictConfig
 
 from bench.curves import draw
 
@@ -68,16 +70,23 @@ def _folder(name: str, dense: bool, options) -> Path:
 
 def overrides(name: str, dense: bool, minutes: float, folder: Path, more: list[str]) -> list[str]:
     """Of conf/train.yaml, for a short run of an experiment or of its dense twin."""
+    config = _composed([f"experiment={name}", *more])
+    tokens = config.data.micro_tokens or config.data.batch_tokens
     short = [
         "phases=null", "trainer.max_steps=null", f"trainer.max_minutes={minutes}",
         "trainer.validate_every=null", "trainer.log_every=20", "schedule.warmup_steps=200",
         f"paths.output={folder}", "resume=null",
     ]  # fmt: skip
+    if config.phases:
+        phase = config.phases[-1]
+        tokens = phase.micro_tokens
+        windows = list(phase.windows)
+        short += [f"data.length={phase.length}", f"model.attention.longformer.window={windows}"]
+    short += [f"data.batch_tokens={tokens}", f"data.micro_tokens={tokens}"]
     found = [f"experiment={name}", *short, *more]
     if not dense:
         return found
-    with initialize(version_base="1.3", config_path="../conf"):
-        model = compose("train", overrides=found).model
+    model = _composed(found).model
     (attention,) = {key: model.attention[key] for key in model.layout}.values()
     causal = str(not model.masked).lower()
     twin = f"_target_: {DENSE}, _partial_: true, causal: {causal}"
@@ -85,6 +94,11 @@ def overrides(name: str, dense: bool, minutes: float, folder: Path, more: list[s
         (key,) = set(model.layout)
         twin += f", projections: '${{model.attention.{key}.projections}}'"
     return [*found, f"+model.attention.dense={{{twin}}}", "model.layout=[dense]"]
+
+
+def _composed(overrides: list[str]) -> DictConfig:
+    with initialize(version_base="1.3", config_path="../conf"):
+        return compose("train", overrides=overrides)
 
 
 def _train(name: str, dense: bool, gpus: queue.Queue, options) -> list[str]:
