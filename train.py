@@ -13,7 +13,7 @@ from training.callbacks.interruption import Interruption
 from training.console import show_log
 from training.errors import UserErrors
 from training.phases import check_model, read_phases
-from training.typecheck import check_types
+from training.typecheck import CONF, check_groups, check_types
 
 log = logging.getLogger("strider")
 
@@ -26,6 +26,7 @@ def main(config: DictConfig) -> float:
     """
     show_log()
     with UserErrors() as errors:
+        check_groups(config)
         phases = read_phases(config)
         check_types(config)
         checkpoint = run_folder.choose_checkpoint(config)
@@ -63,5 +64,12 @@ def leave_if_interrupted(interruption: Interruption | None) -> None:
         sys.exit(128 + interruption.signal_received)
 
 
+def without_null(argument: str) -> str:
+    """`experiment=null` as Hydra writes it, which takes no null for a group: `~experiment`."""
+    group, _, choice = argument.partition("=")
+    return f"~{group}" if choice == "null" and (CONF / group).is_dir() else argument
+
+
 if __name__ == "__main__":
+    sys.argv[1:] = map(without_null, sys.argv[1:])
     main()

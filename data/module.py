@@ -109,6 +109,7 @@ class SequenceData(L.LightningDataModule):
         choice = {} if tokenizer is None else {"tokenizer": tokenizer, "vocab_size": vocab_size}
         if exclude_rows is not None:
             choice["exclude_rows"] = exclude_rows
+        path = None if path is None else str(path)  # a name such as `16` is read as a number
         self.corpus = corpus(path=path, cache=cache, **choice)
         for phase in self.phases:
             _check_images(name, self.corpus.image_shape, image_shape, phase, documents)

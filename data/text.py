@@ -49,14 +49,14 @@ class Documents(Corpus):
         path: str | None,
         cache: str,
         *,
-        tokenizer: str,
-        vocab_size: int,
+        tokenizer: str | None = None,
+        vocab_size: int = 0,
         vocab_sizes: Mapping[str, int],
     ):
-        if tokenizer not in vocab_sizes and not Path(tokenizer).is_file():
+        if tokenizer not in vocab_sizes and not Path(str(tokenizer)).is_file():
             raise ValueError(
                 f"data.tokenizer must be {', '.join(vocab_sizes)} or a file of sentencepiece, got "
-                f"{tokenizer}."
+                f"{'null' if tokenizer is None else tokenizer}."
             )
         if vocab_size < 1:
             raise ValueError(

@@ -165,10 +165,15 @@ def main() -> None:
     arguments = parser.parse_args()
     if not 1 <= arguments.length <= LONGEST:
         parser.error(f"--length must be from 1 to {LONGEST:,} tokens, got {arguments.length}")
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    draw_families(arguments.out / "gallery.png")
-    for name in arguments.models:
-        draw_model(name, arguments.length, arguments.out / f"{name}.png")
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        draw_families(arguments.out / "gallery.png")
+        for name in arguments.models:
+            draw_model(name, arguments.length, arguments.out / f"{name}.png")
+    except OSError as error:
+        parser.error(
+            f"--out must be a folder that can be written, got {arguments.out} ({error.strerror})"
+        )
     print(f"drew gallery.png and {len(arguments.models)} models in {arguments.out}")
 
 

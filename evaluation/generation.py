@@ -83,7 +83,16 @@ def sample(
     top_p: float,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Draw one token id ``(..., 1)`` from ``logits (..., vocab_size)`` of up to two dimensions."""
+    """Draw one token id ``(..., 1)`` from ``logits (..., vocab_size)`` of up to two dimensions.
+
+    Raises:
+        FloatingPointError: if a logit is not finite.
+    """
+    if not logits.isfinite().all():
+        raise FloatingPointError(
+            "what the model predicts is not finite, and nothing can be drawn from it: its weights "
+            "have grown too large; lower `optimizer.lr`, or use an earlier checkpoint."
+        )
     if temperature == 0:
         return logits.argmax(dim=-1, keepdim=True)
     probability, order = (logits / temperature).softmax(dim=-1).sort(descending=True)

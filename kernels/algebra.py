@@ -31,6 +31,7 @@ class Pattern:
     """A set of visible cells ``(i, j)``, possibly another one in every head."""
 
     differs_by_head = False  # True if heads may see different keys
+    variants = 1  # patterns of the longest `per_head` in it
     is_causal = False  # True if it is certain that no query sees a later key
     sees_itself = False  # True if it is certain that every query sees its own position
     _encoded = None
@@ -225,6 +226,10 @@ class _Combination(Pattern):
     def differs_by_head(self) -> bool:
         return any(operand.differs_by_head for operand in self.operands)
 
+    @property
+    def variants(self) -> int:
+        return max(operand.variants for operand in self.operands)
+
     def _visible(self, i, j, head, length):
         seen = (operand._visible(i, j, head, length) for operand in self.operands)
         return functools.reduce(self.join, seen)
@@ -317,6 +322,10 @@ class Not(Pattern):
     @property
     def differs_by_head(self) -> bool:
         return self.operand.differs_by_head
+
+    @property
+    def variants(self) -> int:
+        return self.operand.variants
 
     def _visible(self, i, j, head, length):
         return ~self.operand._visible(i, j, head, length)

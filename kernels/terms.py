@@ -274,6 +274,10 @@ class PerHead(Pattern):
         return len(set(self.patterns)) > 1 or self.patterns[0].differs_by_head
 
     @property
+    def variants(self) -> int:
+        return max(len(self.patterns), *(pattern.variants for pattern in self.patterns))
+
+    @property
     def is_causal(self) -> bool:
         return all(pattern.is_causal for pattern in self.patterns)
 

@@ -318,6 +318,13 @@ def _check_names(attention, layout, documents, norm) -> None:
 
 def _check_combination(model: Transformer) -> None:
     attentions = [block.attention for block in model.blocks]
+    for name, attention in zip(model.layout, attentions, strict=True):
+        for key, count in getattr(attention, "listed", {}).items():
+            if count > model.layers:
+                raise ValueError(
+                    f"model.attention.{name}.{key} must be one number or have one for each of the "
+                    f"{model.layers} layers, got {count}."
+                )
     narrow = [a.projections.qk_dim for a in attentions if a.projections.qk_dim != model.dim]
     if model.rotary_base is not None and narrow:
         raise ValueError(

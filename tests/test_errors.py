@@ -1,6 +1,7 @@
 """A mistake found before training is one line and status 2; a later error is a traceback."""
 
 from functools import partial
+from pydoc import ErrorDuringImport
 
 import lightning as L
 import pytest
@@ -8,8 +9,10 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from tests.configs import composed
 from tests.tiny import fit
 from training.errors import UserErrors
+from training.typecheck import check_types
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +75,12 @@ def test_an_unknown_key_of_an_attention_inside_a_model_is_found(capsys):
     assert "BigBirdAttention has no key `random_block`; did you mean `random_blocks`?" in message
 
 
+def test_a_key_that_is_not_given_is_named(capsys):
+    node = {"_target_": "training.callbacks.checkpoints.Checkpoints", "output": "x"}
+    message = message_of(lambda: instantiate(node), capsys)
+    assert message.startswith("error: Checkpoints lacks 'every_steps'; set ")
+
+
 def test_an_unknown_key_that_is_like_no_other_lists_them(capsys):
     node = {"_target_": "training.optimizers.adamw", "_partial_": True, "zzz": 1}
     message = message_of(lambda: instantiate(node)(None), capsys)
@@ -83,6 +92,12 @@ def test_a_value_that_is_not_given_is_one_line(capsys):
     assert "data.path" in message_of(lambda: config.data.path, capsys)
 
 
+def test_a_reference_to_nothing_is_one_line(capsys):
+    config = OmegaConf.create({"task": {"objective": {"share": "${data.masking.share}"}}})
+    message = message_of(lambda: config.task.objective.share, capsys)
+    assert message.startswith("error: `objective.share` refers to ${data.masking.share}, which ")
+
+
 def test_a_mistake_of_ours_keeps_its_traceback():
     with pytest.raises(TypeError, match="unexpected keyword"), UserErrors():
         throw(no_such=1)
@@ -90,6 +105,14 @@ def test_a_mistake_of_ours_keeps_its_traceback():
         throw(KeyError("x"))
     with pytest.raises(InstantiationException), UserErrors():
         instantiate({"_target_": "no_such_module.Thing"})
+
+
+def test_a_file_of_the_users_that_cannot_be_imported_keeps_its_traceback(tmp_path, monkeypatch):
+    (tmp_path / "my_optimizer.py").write_text("import torhc")
+    monkeypatch.syspath_prepend(tmp_path)
+    config = composed("+optimizer.mine={_target_: my_optimizer.Mine}", "run_id=x")
+    with pytest.raises(ErrorDuringImport, match="torhc"), UserErrors():
+        check_types(config)
 
 
 def test_the_full_error_is_shown_on_request(monkeypatch):

@@ -13,6 +13,7 @@ from kernels.patterns import causal, fixed, per_head, strided, summary, window
 from models.attention import Context
 from models.attention.bigbird import BigBirdAttention
 from models.attention.longformer import LongformerAttention
+from models.attention.pattern import PatternAttention
 from models.attention.projections import Projections
 from models.attention.sparse_transformer import SparseTransformerAttention
 from models.feed_forward import MLP
@@ -24,6 +25,7 @@ from training.optimizers import adamw
 sparse = partial(SparseTransformerAttention, 32, 4, stride=16)
 longformer = partial(LongformerAttention, 32, 4)
 CONTEXT = Context(rotary=None)
+FIVE_HEADS = "causal() & (window(2) | per_head(full(), full(), full(), full(), strided(2)))"
 
 
 def transformer(attention, **options) -> Transformer:
@@ -286,6 +288,18 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
         (lambda: sparse(0, kind="random"), "got random and merged"),
         (lambda: sparse(0, kind="fixed", use="both"), "got fixed and both"),
         (lambda: longformer(2, window=[4, 8]), r"got 2 for layer 3: \[4, 8\]"),
+        (
+            lambda: transformer(partial(LongformerAttention, window=[4, 8, 8, 8])),
+            "model.attention.a.window .* each of the 3 layers, got 4",
+        ),
+        (
+            lambda: transformer(partial(LongformerAttention, dilation=[1, 2, 2, 2])),
+            "model.attention.a.dilation .* each of the 3 layers, got 4",
+        ),
+        (
+            lambda: transformer(partial(PatternAttention, pattern=FIVE_HEADS)),
+            "model.attention.a: per_head .* heads=4, got 5: causal",
+        ),
         (lambda: longformer(0, dilated_heads=5), "got 5 and 0"),
         (lambda: longformer(0, window=1, causal=False), "at least 2, got 1"),
         (lambda: sparse(0, kind="fixed", cells=0), "cells must be at least 1, got 0"),

@@ -103,6 +103,7 @@ def test_the_command_draws_the_models_that_are_asked_for(tmp_path, monkeypatch, 
         (["--models", "bigbrd"], "invalid choice: 'bigbrd' (choose from"),
         (["--length", "0"], "--length must be from 1 to 4,096 tokens, got 0"),
         (["--length", "5000"], "--length must be from 1 to 4,096 tokens, got 5000"),
+        (["--out", __file__], f"--out must be a folder that can be written, got {__file__} (File"),
     ],
 )
 def test_what_cannot_be_drawn_is_refused(arguments, message, monkeypatch, capsys):

@@ -116,6 +116,14 @@ def test_impossible_sampling_is_refused(setting):
         generate(Counter(), torch.tensor([[1]]), 1, **setting)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_nothing_is_drawn_from_a_model_whose_weights_are_not_finite(temperature):
+    model = Counter()
+    model.scale.data.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match=r"not finite.* lower `optimizer.lr`"):
+        generate(model, torch.tensor([[1]]), 1, temperature=temperature)
+
+
 def test_a_context_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least 1 token, got 0"):
         generate(Counter(), torch.tensor([[1]]), 1, context=0)

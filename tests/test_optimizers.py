@@ -116,6 +116,23 @@ def test_a_rate_of_zero_stops_all_parameters_also_after_loading(make):
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize(
+    ("maker", "setting", "message"),
+    [
+        ("adamw", {"lr": -1}, "optimizer.lr must be at least 0 and finite, got -1"),
+        ("adamw", {"weight_decay": -0.1}, "optimizer.weight_decay .* got -0.1"),
+        ("adamw", {"betas": (0.9, 1.0)}, "optimizer.betas .* below 1, got 1.0"),
+        ("muon", {"lr": float("inf")}, "optimizer.lr .* got inf"),
+        ("muon", {"weight_decay": -0.1}, "optimizer.weight_decay .* got -0.1"),
+        ("muon", {"momentum": 1.5}, "optimizer.momentum .* below 1, got 1.5"),
+        ("muon", {"adamw_eps": float("nan")}, "optimizer.adamw_eps .* got nan"),
+    ],
+)
+def test_a_setting_out_of_range_is_refused_with_its_key(maker, setting, message):
+    with pytest.raises(ValueError, match=message):
+        MAKERS[maker](TinyModel(), **setting)
+
+
 def test_muon_runs_the_closure_that_lightning_gives_it():
     model = TinyModel()
     batch = rows(4, seed=0)

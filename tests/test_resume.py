@@ -1,5 +1,7 @@
 """When checkpoints are written, and that a resumed run is the run that was never interrupted."""
 
+from types import SimpleNamespace
+
 import lightning as L
 import pytest
 import torch
@@ -7,6 +9,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from tests.tiny import TinyData, fit, tiny_task
 from training.callbacks.checkpoints import Checkpoints
+from training.callbacks.summary import Summary
 from training.checkpoint import read_checkpoint
 
 
@@ -79,6 +82,12 @@ def test_a_finished_run_can_be_extended_exactly(output, tmp_path_factory, ema):
     assert last(output)["global_step"] == 3
     run(output, ema=ema, resume=output / "checkpoints" / "last.ckpt")
     assert_equal(last(output), last(other))
+
+
+def test_a_run_that_has_nothing_left_to_do_names_the_checkpoint_it_was_given(tmp_path, caplog):
+    with caplog.at_level("INFO", "strider"):
+        Summary(tmp_path).on_fit_end(SimpleNamespace(ckpt_path="other/last.ckpt"), None)
+    assert caplog.messages[-1].endswith("and set resume=other/last.ckpt")
 
 
 def test_micro_batches_of_another_size_continue_at_the_same_step(output):

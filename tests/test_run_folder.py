@@ -79,6 +79,12 @@ def test_the_id_names_model_and_data_and_is_the_same_wherever_the_run_is_made(ma
         assert run_id(make_config(**change)) != name, change
 
 
+def test_an_empty_id_is_none(make_config):
+    config = make_config(run_id="")
+    choose_checkpoint(config)
+    assert config.run_id == run_id(make_config())
+
+
 def test_a_fresh_folder_explains_itself(make_config):
     config = make_config()
     assert prepare(config) is None
@@ -109,6 +115,14 @@ def test_a_path_is_continued_and_must_exist(make_config, tmp_path):
     assert prepare(make_config(run_id="other", resume=str(path))) == path
     with pytest.raises(FileNotFoundError, match=r"no checkpoint .*nowhere.ckpt; give the path"):
         prepare(make_config(resume=str(tmp_path / "nowhere.ckpt")))
+
+
+def test_a_checkpoint_beyond_the_end_of_the_run_is_refused(make_config):
+    config = make_config()
+    prepare(config)
+    path = save_last(config, step=6)
+    with pytest.raises(ValueError, match="has 6 steps behind it, and the run ends after 5"):
+        choose_checkpoint(make_config(run_id="other", resume=str(path)))
 
 
 def test_null_starts_afresh_and_moves_the_old_run_beside(make_config):

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import signal
 import subprocess
 import time
@@ -10,7 +11,10 @@ import pytest
 import yaml
 
 from tests.commands import ROOT, TINY, command, curve, environment, place, run, train
+from tests.configs import composed
+from train import main, without_null
 from training.checkpoint import read_checkpoint
+from training.typecheck import GROUPS
 
 HARD = [  # everything that could make a resumed run another run
     "trainer.max_steps=12", "data.micro_tokens=256", "data.workers=2", "model.dropout=0.2",
@@ -151,47 +155,90 @@ def test_help_is_readable():
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.heads=3"], ["dim=32", "heads=3", "model.heads"]),
+        (["model.attention.bigbird.block=0"], ["block=0"]),
+        (["+model.attention.bigbird.blok=4"], ["BigBirdAttention", "blok", "block"]),
+        (["~model.attention.bigbird._partial_"], ["BigBirdAttention lacks 'dim'", "_partial_"]),
+        (["data.length=4194304", "data.batch_tokens=4194304"], ["data.length=4194304"]),
+        (["data.batch_tokens=1000"], ["data.batch_tokens=1000", "data.length"]),
+        (["data=bytes"], ["data.path"]),
+        (["data=bytes", "data.path=/no/such/file"], ["/no/such/file"]),
+        (["data=bytes", "data.path=3"], ["3 is not a file; correct data.path"]),
+        (["data=enwik8", "data.path=data/samples/enwik8-prefix.xz"], ["data=bytes", "4,154,399"]),
+        (["data=pg19_sample", "data.tokenizer=null"], ["data.tokenizer", "bytes", "got null"]),
+        (["objective=masked_token", "data.masking=null"], ["refers to ${data.masking.share}"]),
+        (["resume=/no/such.ckpt"], ["/no/such.ckpt"]),
+        (["trainer.max_steps=1e3"], ["trainer.max_steps", "whole number", "1000.0"]),
+        (["model.attention.bigbird.block=two"], ["bigbird.block", "whole number", "'two'"]),
+        (["model.dropout=null"], ["model.dropout", "a number", "null"]),
+        (["model.feed_forward=null"], ["model.feed_forward must be a mapping, got null"]),
+        (["trainer.max_steps=null"], ["trainer.max_minutes"]),
+        (["trainer=base"], ["`trainer.accelerator` has no value"]),
+        (["~trainer.devices"], ["make_trainer lacks 'devices'"]),
+        (["model.layout=bigbird"], ["model.layout", "a list of names", "'bigbird'"]),
+        (["optimizer.adamw_betas=[0.9]"], ["adamw_betas", "a list of 2 numbers", "[0.9]"]),
+        (["optimizer.lr=abc"], ["error: optimizer.lr must be a number"]),
+        (["optimizer._target_=training.optimizers.mu"], ["optimizer._target_", "optimizers.mu'"]),
+        (["optimizer._target_=null"], ["optimizer._target_", "got null"]),
+        (["callbacks.samples.top_p=2"], ["top_p=2"]),
+        (["callbacks.samples=3"], ["callbacks", "null", "got 3"]),
+        (["trainer.precision=16"], ["16", "bf16-mixed"]),
+        (["schedule.decay=2"], ["decay"]),
+        (["seed=-1"], ["seed", "from 0 to 4,294,967,295, got -1"]),
+        (["seed=null"], ["error: seed", "got null"]),
+        (["paths.output="], ["paths.output must be the path of a folder, got ''"]),
+        (["paths.cache=3"], ["paths.cache must be the path of a folder, got 3"]),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_one_sentence_before_training_starts(
+    tmp_path, monkeypatch, capsys, arguments, words
+):
+    monkeypatch.setattr("train.show_log", lambda: None)  # which later tests would not see past
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")  # which Lightning sets
+    with pytest.raises(SystemExit) as leaving:
+        main(composed(*TINY, *place(tmp_path / "run"), *arguments))
+    assert leaving.value.code == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ")
+    assert message.count("\n") == 1
+    for word in words:
+        assert word in message
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_a_group_without_a_choice_is_one_sentence(group, monkeypatch, capsys):
+    monkeypatch.setattr("train.show_log", lambda: None)
+    with pytest.raises(SystemExit):
+        main(composed(without_null(f"{group}=null")))
+    message = capsys.readouterr().err
+    assert re.fullmatch(rf"error: {group} must be one of [\w, ]+, got null.\n", message)
+
+
+def test_no_experiment_may_be_asked_for():
+    assert composed(without_null("experiment=null")) == composed()
+    assert without_null("resume=null") == "resume=null"
+
+
+@pytest.mark.parametrize(
     ("arguments", "status", "words"),
     [
         (["model.dimm=64"], 1, ["dimm"]),
         (["model=bigbrid"], 1, ["bigbrid", "bigbird"]),
-        (["model.heads=3"], 2, ["dim=32", "heads=3", "model.heads"]),
-        (["model.attention.bigbird.block=0"], 2, ["block=0"]),
-        (["+model.attention.bigbird.blok=4"], 2, ["BigBirdAttention", "blok", "block"]),
-        (["data.length=4194304", "data.batch_tokens=4194304"], 2, ["data.length=4194304"]),
-        (["data.batch_tokens=1000"], 2, ["data.batch_tokens=1000", "data.length"]),
-        (["data=bytes"], 2, ["data.path"]),
-        (["data=bytes", "data.path=/no/such/file"], 2, ["/no/such/file"]),
-        (
-            ["data=enwik8", "data.path=data/samples/enwik8-prefix.xz"],
-            2,
-            ["data=bytes", "4,154,399"],
-        ),
-        (["resume=/no/such.ckpt"], 2, ["/no/such.ckpt"]),
-        (["trainer.max_steps=1e3"], 2, ["trainer.max_steps", "whole number", "1000.0"]),
-        (["model.attention.bigbird.block=two"], 2, ["bigbird.block", "whole number", "'two'"]),
-        (["model.dropout=null"], 2, ["model.dropout", "a number", "null"]),
-        (["trainer.max_steps=null"], 2, ["trainer.max_minutes"]),
-        (["trainer=base"], 2, ["`trainer.accelerator` has no value"]),
-        (["model.layout=bigbird"], 2, ["model.layout", "a list of names", "'bigbird'"]),
-        (["optimizer.adamw_betas=[0.9]"], 2, ["adamw_betas", "a list of 2 numbers", "[0.9]"]),
-        (["optimizer.lr=abc"], 2, ["error: optimizer.lr must be a number"]),
-        (["callbacks.samples.top_p=2"], 2, ["top_p=2"]),
-        (["trainer.precision=16"], 2, ["16", "bf16-mixed"]),
-        (["schedule.decay=2"], 2, ["decay"]),
-        (["logger=wandb"], 2, ["wandb"]),
+        (["logger=null"], 2, ["error: logger must be one of jsonl, tensorboard, wandb, got null"]),
+        (["logger=wandb"], 2, ["error: ", "wandb"]),
     ],
-    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else str(value),
+    ids=str,
 )
-def test_a_mistake_is_one_sentence_before_training_starts(tmp_path, arguments, status, words):
+def test_a_mistake_has_no_traceback(tmp_path, arguments, status, words):
     result = run("train.py", *TINY, *place(tmp_path / "run"), *arguments, WANDB_API_KEY="")
     assert result.returncode == status, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     for word in words:
         assert word in result.stderr, result.stderr
-    if status == 2:
-        errors = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
     written = (tmp_path / "run").exists()
     assert written == (arguments == ["logger=wandb"])  # a logger opens in the run's folder
     assert not (tmp_path / "run" / "checkpoints").exists()

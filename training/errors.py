@@ -12,9 +12,15 @@ from typing import Any
 import lightning as L
 from hydra.errors import InstantiationException
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+from omegaconf.errors import (
+    InterpolationResolutionError,
+    MissingMandatoryValue,
+    OmegaConfBaseException,
+)
 
-USER_ERRORS = (ValueError, OSError, OmegaConfBaseException, MisconfigurationException)
+USER_ERRORS = (
+    ValueError, OSError, FloatingPointError, OmegaConfBaseException, MisconfigurationException,
+)  # fmt: skip
 EXIT_STATUS = 2
 OUR_PACKAGES = {"kernels", "models", "evaluation", "training", "data"}
 
@@ -59,12 +65,18 @@ def one_sentence(error: BaseException | None) -> str | None:
     configured = isinstance(error, InstantiationException)
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, TypeError) and (sentence := _unknown_key(str(error))):
+    if isinstance(error, TypeError) and (sentence := _wrong_keys(str(error))):
         return sentence
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key.removeprefix("task.")  # which only refers to the other sections
         choose = ", or choose another file of its group" if "." in key else ""
         return f"`{key}` has no value; set {key}=...{choose}."
+    if isinstance(error, InterpolationResolutionError):
+        key = error.full_key.removeprefix("task.")
+        return (
+            f"`{key}` refers to {error.child_node}, which has no value; set that, or choose "
+            "another file of its group."
+        )
     if isinstance(error, OSError) and error.strerror:
         where = f": {error.filename}" if error.filename else ""
         return f"{error.strerror}{where}"
@@ -75,14 +87,21 @@ def one_sentence(error: BaseException | None) -> str | None:
     return None
 
 
-def _unknown_key(message: str) -> str | None:
-    """A sentence for a key of the configuration that one of our constructors does not take."""
+def _wrong_keys(message: str) -> str | None:
+    """A sentence for a key that one of our constructors does not take, or does not get."""
     match = re.match(
-        r"([\w.]+?)(?:\.__init__)?\(\) got an unexpected keyword argument '(\w+)'", message
+        r"([\w.]+?)(?:\.__init__)?\(\) (?:got an unexpected keyword argument '(\w+)'|"
+        r"missing \d+ required [\w -]+: (.+))",
+        message,
     )
     target = match and _ours(match[1])
     if not target:
         return None
+    if match[3]:
+        return (
+            f"{match[1]} lacks {match[3]}; set what is a key of the configuration, and "
+            "`_partial_: true` where the code supplies the rest."
+        )
     keys = list(inspect.signature(target).parameters)
     close = difflib.get_close_matches(match[2], keys, n=1)
     hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(keys)}."

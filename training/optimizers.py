@@ -1,6 +1,7 @@
 """Optimizers, made from a model: AdamW, or Muon for the hidden matrices and AdamW for the rest."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 
 import torch
@@ -13,7 +14,13 @@ from training.muon import BatchedMuon
 def adamw(
     model: nn.Module, *, lr: float, betas: tuple[float, float], weight_decay: float, eps: float
 ) -> Optimizer:
-    """AdamW that decays matrices only: neither embeddings nor vectors (norms, biases)."""
+    """AdamW that decays matrices only: neither embeddings nor vectors (norms, biases).
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+    _check(lr=lr, weight_decay=weight_decay, eps=eps)
+    _check_shares(betas=betas)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed, kept = _split(model, lambda _, p: p.dim() >= 2 and id(p) not in embeddings)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept}]
@@ -36,9 +43,14 @@ def muon(
     The embedding and the output head are matrices too, but their rows are looked up or predicted
     one by one: orthogonalising their update does not help (section 2 of the source).
 
+    Raises:
+        ValueError: if a number is out of its range.
+
     Source:
         Muon: Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
+    _check(lr=lr, weight_decay=weight_decay, adamw_lr=adamw_lr, adamw_eps=adamw_eps)
+    _check_shares(momentum=[momentum], adamw_betas=adamw_betas)
     matrices, rest = _split(model, lambda name, p: name.startswith("blocks.") and p.dim() == 2)
     return Combined(
         BatchedMuon(matrices, lr=lr, momentum=momentum, weight_decay=weight_decay),
@@ -85,6 +97,20 @@ class Combined(Optimizer):
         for part in self.parts:
             own = list(islice(groups, len(part.param_groups)))
             part.__setstate__({"param_groups": own, "state": self.state})
+
+
+def _check(**numbers: float) -> None:
+    for name, value in numbers.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"optimizer.{name} must be at least 0 and finite, got {value}.")
+
+
+def _check_shares(**shares: Sequence[float]) -> None:
+    """Those of the past that a mean keeps: with 1, nothing new would be added."""
+    for name, values in shares.items():
+        for value in values:
+            if not 0 <= value < 1:
+                raise ValueError(f"optimizer.{name} must be at least 0 and below 1, got {value}.")
 
 
 def _split(

@@ -51,7 +51,7 @@ def choose_checkpoint(config: DictConfig) -> Path | None:
         FileNotFoundError, ValueError: if that checkpoint is missing, unreadable, or of a run with
             other settings.
     """
-    if config.run_id is None:
+    if not config.run_id:
         config.run_id = run_id(config)
     last = Path(config.paths.output) / "checkpoints" / "last.ckpt"
     if config.resume == "auto":
@@ -60,6 +60,7 @@ def choose_checkpoint(config: DictConfig) -> Path | None:
         checkpoint = None if config.resume is None else Path(str(config.resume))
     if checkpoint is not None:
         _require_same_settings(checkpoint, config)
+        _require_steps_ahead(checkpoint, config.trainer.max_steps)
     return checkpoint
 
 
@@ -129,6 +130,15 @@ def _require_same_settings(checkpoint: Path, config: DictConfig) -> None:
                 f"the run in {checkpoint} has {key}={before}, this one has {key}={after}; set it "
                 "back, or set `resume=null` to start afresh, or another `paths.output`."
             )
+
+
+def _require_steps_ahead(checkpoint: Path, max_steps: int | None) -> None:
+    done = read_checkpoint(checkpoint)["global_step"]
+    if max_steps is not None and done > max_steps:
+        raise ValueError(
+            f"the checkpoint {checkpoint} has {done:,} steps behind it, and the run ends after "
+            f"{max_steps:,}; raise trainer.max_steps, or add to phases."
+        )
 
 
 def _without_details(section: Any, name: str) -> Any:

@@ -71,6 +71,12 @@ def make_trainer(
     for name, value in [("log_every", log_every), ("gradient_clip", gradient_clip)]:
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}; set `trainer.{name}`.")
+    for callback in callbacks:
+        if not isinstance(callback, L.Callback):
+            raise ValueError(
+                f"each entry of callbacks must be a mapping whose _target_ is a callback, or null "
+                f"to leave it out, got {callback!r}."
+            )
     trainer = L.Trainer(
         default_root_dir=output,
         accelerator=accelerator,

@@ -58,6 +58,8 @@ class LongformerAttention(PatternAttention):
                 f"dilated_heads must be from 0 to heads={heads} and global_tokens at least 0, got "
                 f"{dilated_heads} and {global_tokens}."
             )
+        lists = {"window": window, "dilation": dilation}
+        listed = {name: len(n) for name, n in lists.items() if not isinstance(n, int)}
         shape = {
             "causal": causal,
             "dilation": _of_layer("dilation", dilation, layer),
@@ -68,6 +70,7 @@ class LongformerAttention(PatternAttention):
         pattern = _pattern(window, **shape)
         super().__init__(dim, heads, layer, pattern=pattern, projections=projections)
         self._shape = shape
+        self.listed = listed  # of how many layers, which the model knows
         self.set_window(window)
         self.global_projections = None
         if global_tokens and global_projections and not causal:

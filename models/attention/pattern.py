@@ -19,7 +19,7 @@ class PatternAttention(nn.Module):
         projections: makes the linear maps, called with ``(dim, heads)``.
 
     Raises:
-        ValueError: if the text is no pattern.
+        ValueError: if the text is no pattern, or has one for a head that is not there.
     """
 
     def __init__(
@@ -34,6 +34,11 @@ class PatternAttention(nn.Module):
         super().__init__()
         self.projections = projections(dim, heads)
         pattern = pattern if isinstance(pattern, Pattern) else parse(str(pattern))
+        if pattern.variants > heads:
+            raise ValueError(
+                f"per_head must not have more patterns than heads={heads}, got "
+                f"{pattern.variants}: {pattern!r}."
+            )
         self.pattern = encoded(pattern.on_layer(layer))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:

@@ -46,7 +46,7 @@ class Samples(L.Callback):
             raise ValueError(f"callbacks.samples.tokens must be at least 0, got {tokens}.")
         check_sampling(temperature, top_k, top_p)
         self.folder = Path(output) / "samples"
-        self.prompt = prompt
+        self.prompt = str(prompt)  # `16`, say, is read as a number
         self.tokens = tokens
         self.sampling = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
 

@@ -63,7 +63,7 @@ class Summary(L.Callback):
             log.info(
                 "this run was finished before; to go on, raise trainer.max_steps or add to phases, "
                 "and set resume=%s",
-                self.output / "checkpoints" / "last.ckpt",
+                trainer.ckpt_path,
             )
         best = self.output / "checkpoints" / "best.ckpt"
         if best.exists():
