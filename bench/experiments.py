@@ -1,9 +1,10 @@
 """Experiments for some minutes, beside their dense twins:  python -m bench.experiments NAME ...
 
-A twin is the same experiment with dense attention in every layer. Lengths and windows are
+A twin is the same experiment with dense attention in every layer. Lengths and windows are the
 published ones, those of the last phase where there are several; a step is one forward pass, so that
-minutes hold many. Runs share the GPUs that there are, one each at a time. Prints a table, and writes it, the metrics and a picture of the curves to
-``--out``. What follows ``--`` are overrides of all runs, such as the data:
+minutes hold many. Runs share the GPUs that there are, one each at a time. Prints a table, and
+writes it, the metrics and a picture of the curves to ``--out``. What follows ``--`` are overrides
+of all runs, such as the data:
 
     python -m bench.experiments bigbird_enwik8 --minutes 3 -- data=bytes data.path=FILE
 """
