@@ -37,7 +37,10 @@ def main() -> int:
     gpus: queue.Queue[int | None] = queue.Queue()
     for gpu in range(torch.cuda.device_count()) if torch.cuda.is_available() else [None]:
         gpus.put(gpu)
-    jobs = [(name, dense) for name in options.names for dense in (False, True)]
+    jobs = [  # composed one after the other: Hydra has one state for all threads
+        (name, dense, overrides(name, dense, options)) for name in options.names
+        for dense in (False, True)
+    ]  # fmt: skip
     with ThreadPoolExecutor(gpus.qsize()) as pool:
         rows = list(pool.map(lambda job: _train(*job, gpus, options), jobs))
     lines = [COLUMNS, ["---"] * len(COLUMNS), *rows]
@@ -54,7 +57,7 @@ def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("names", nargs="+", help="files of conf/experiment")
     parser.add_argument("--minutes", type=float, default=3.0, help="of training, for each run")
-    parser.add_argument("--out", type=Path, default=Path("bench/results"))
+    parser.add_argument("--out", type=Path, default=Path("outputs/experiments"))
     arguments, overrides = sys.argv[1:], []
     if "--" in arguments:
         cut = arguments.index("--")
@@ -69,14 +72,15 @@ def _folder(name: str, dense: bool, options) -> Path:
     return options.out / f"{name}-dense" if dense else options.out / name
 
 
-def overrides(name: str, dense: bool, minutes: float, folder: Path, more: list[str]) -> list[str]:
+def overrides(name: str, dense: bool, options) -> list[str]:
     """Of conf/train.yaml, for a short run of an experiment or of its dense twin."""
+    more = options.overrides
     config = _composed([f"experiment={name}", *more])
     tokens = config.data.micro_tokens or config.data.batch_tokens
     short = [
-        "phases=null", "trainer.max_steps=null", f"trainer.max_minutes={minutes}",
+        "phases=null", "trainer.max_steps=null", f"trainer.max_minutes={options.minutes}",
         "trainer.validate_every=null", "trainer.log_every=20", "schedule.warmup_steps=200",
-        f"paths.output={folder}", "resume=null",
+        f"paths.output={_folder(name, dense, options)}", "resume=null",
     ]  # fmt: skip
     if config.phases:
         phase = config.phases[-1]
@@ -102,13 +106,14 @@ def _composed(overrides: list[str]) -> DictConfig:
         return compose("train", overrides=overrides)
 
 
-def _train(name: str, dense: bool, gpus: queue.Queue, options) -> list[str]:
+def _train(
+    name: str, dense: bool, chosen: list[str], gpus: queue.Queue, options: argparse.Namespace
+) -> list[str]:
     folder, gpu = _folder(name, dense, options), gpus.get()
     try:
         environment = dict(os.environ)
         if gpu is not None:
             environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-        chosen = overrides(name, dense, options.minutes, folder, options.overrides)
         command = [sys.executable, "train.py", *chosen]
         done = subprocess.run(command, capture_output=True, text=True, env=environment)
     finally:

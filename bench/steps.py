@@ -2,7 +2,7 @@
 
 Every run is a set of overrides of conf/train.yaml (``"model=bigbird model.dim=768"``) or the peer
 ``flex_window``: the dense model with FlexAttention's causal window of 512 in place of its
-attention. Each is trained for some steps on bundled Wikipedia text, in a process of its own: blocks
+attention. Each is trained for some steps on bundled Wikipedia text, in a process of its own: all
 compiled, bfloat16, fused AdamW (or an experiment's own optimizer), no logging. Tokens a second are
 compared with those of the first run.
 """

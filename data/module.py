@@ -181,8 +181,9 @@ class SequenceData(L.LightningDataModule):
     def validation_words(self) -> int | None:
         """Words of the validation tokens that are scored in training."""
         windows, numbers = self._validation
-        targets = (row[1:] for row in windows[numbers])
-        return self._words(piece for row in targets for piece in self._documents_of(row))
+        if self._words([]) is None:
+            return None
+        return sum(map(self._words_beginning, windows[numbers]))
 
     def keep_tokenizer(self, folder: str) -> None:
         """Copy a tokenizer that was trained to ``folder``, as `TOKENIZER`; nothing if none was."""
@@ -243,19 +244,19 @@ class SequenceData(L.LightningDataModule):
         """Windows of validation, and the numbers of those that are scored in training."""
         windows = self.evaluation_windows(self.split("validation"), self.length)
         default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
-        kept = (self.validation_tokens or default) // self.length
-        return windows, spread(len(windows), kept)
+        share = (self.validation_tokens or default) / len(self.split("validation"))
+        return windows, spread(len(windows), int(share * len(windows)))
 
     def _words(self, pieces: Iterable[np.ndarray]) -> int | None:
-        if self.masking is not None:
+        if self.masking is not None or self.corpus.words(np.empty(0, dtype=np.int64)) is None:
             return None
-        words = [self.corpus.words(piece) for piece in pieces]
-        return None if None in words else sum(words)
+        return sum(map(self.corpus.words, pieces))
 
-    def _documents_of(self, targets: np.ndarray) -> list[np.ndarray]:
-        """The scored tokens of a window, those of each document apart."""
-        pieces = np.split(targets, np.flatnonzero(targets == self.vocab_size))
-        return [piece[(piece >= 0) & (piece < self.vocab_size)] for piece in pieces]
+    def _words_beginning(self, row: np.ndarray) -> int:
+        """Words whose first token is a target of this window: each word is in one window."""
+        pieces = np.split(row, np.flatnonzero(row == self.vocab_size))
+        pieces = [piece[(piece >= 0) & (piece < self.vocab_size)] for piece in pieces]
+        return self._words(pieces) - self.corpus.words(pieces[0][:1])  # the first input, if any
 
     def _training_windows(self) -> list[TrainingWindows | MaskedWindows]:
         """Windows of each phase."""

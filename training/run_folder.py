@@ -51,7 +51,7 @@ def choose_checkpoint(config: DictConfig) -> Path | None:
         FileNotFoundError, ValueError: if that checkpoint is missing, unreadable, or of a run with
             other settings.
     """
-    if not config.run_id:
+    if config.run_id in (None, ""):
         config.run_id = run_id(config)
     last = Path(config.paths.output) / "checkpoints" / "last.ckpt"
     if config.resume == "auto":

@@ -60,7 +60,7 @@ def make_trainer(
         validate_every: see ``Validation``.
         log_every: optimizer steps between logged metrics.
         gradient_clip: largest norm of the gradient over all parameters; None: no limit.
-        compile: compile the model's blocks.
+        compile: compile the model's blocks and its head.
 
     Raises:
         ValueError: if a GPU that is asked for is not there, or a setting is out of its range.

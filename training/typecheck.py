@@ -31,10 +31,20 @@ def check_groups(config: DictConfig) -> None:
         ValueError: for the first such group.
     """
     for group, section in GROUPS.items():
-        if not isinstance(OmegaConf.select(config, section), DictConfig):
+        if not _chosen(group, OmegaConf.select(config, section)):
             choices = sorted(path.stem for path in (CONF / group).glob("*.yaml"))
             names = ", ".join(name for name in choices if name != "base")
             raise ValueError(f"{group} must be one of {names}, got null.")
+
+
+def _chosen(group: str, section: Any) -> bool:
+    """Whether a file of the group is in there, not only what an experiment adds to one."""
+    if not isinstance(section, DictConfig):
+        return False
+    if group == "paths":
+        return "cache" in section
+    parts = section.values() if group == "callbacks" else [section]
+    return all("_target_" in part for part in parts if isinstance(part, DictConfig))
 
 
 def check_types(config: DictConfig) -> None:
