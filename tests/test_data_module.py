@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
 from data.byte_file import ByteFile
-from data.corpus import stream
+from data.corpus import Split, stream
 from data.module import SequenceData
 
 LENGTH, BATCH_TOKENS = 16, 128
@@ -190,6 +190,14 @@ def test_validation_scores_windows_from_all_over_its_split(make_data):
     firsts = [n * windows // 5 * LENGTH for n in range(5)]
     expected = np.concatenate([tokens[first : first + LENGTH] for first in firsts])
     assert validation_targets(data).tolist() == expected.tolist()
+
+
+def test_validation_of_short_documents_counts_their_tokens(make_data, monkeypatch):
+    data = make_data(documents="split", validation_tokens=1000)
+    starts = np.arange(0, 20_000, 5)  # of documents of 5 tokens, each in a window of its own
+    split = Split(np.zeros(20_000, dtype=np.uint8), starts)
+    monkeypatch.setattr(data, "split", lambda name: split)
+    assert len(validation_targets(data)) == 1000
 
 
 def test_validation_takes_the_whole_split_if_it_is_smaller(make_data):

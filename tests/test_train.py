@@ -210,10 +210,11 @@ def test_a_mistake_is_one_sentence_before_training_starts(
 
 
 @pytest.mark.parametrize("group", GROUPS)
-def test_a_group_without_a_choice_is_one_sentence(group, monkeypatch, capsys):
+@pytest.mark.parametrize("more", [[], ["experiment=quickstart"]])  # which fills in some keys
+def test_a_group_without_a_choice_is_one_sentence(group, more, monkeypatch, capsys):
     monkeypatch.setattr("train.show_log", lambda: None)
     with pytest.raises(SystemExit):
-        main(composed(without_null(f"{group}=null")))
+        main(composed(without_null(f"{group}=null"), *more))
     message = capsys.readouterr().err
     assert re.fullmatch(rf"error: {group} must be one of [\w, ]+, got null.\n", message)
 
