@@ -21,8 +21,8 @@ from evaluation.masked import score_masked
 from evaluation.positions import draw_positions
 from evaluation.report import results, score, table
 from training.checkpoint import model_weights, read_checkpoint, rebuild
+from training.config_checks import check_arguments
 from training.errors import UserErrors
-from training.typecheck import check_arguments
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")

@@ -10,10 +10,10 @@ from omegaconf import DictConfig
 
 from training import run_folder
 from training.callbacks.interruption import Interruption
+from training.config_checks import CONF, check_groups, check_types
 from training.console import show_log
 from training.errors import UserErrors
 from training.phases import check_model, read_phases
-from training.typecheck import CONF, check_groups, check_types
 
 log = logging.getLogger("strider")
 

@@ -30,7 +30,7 @@ from data.byte_file import SAMPLE
 from kernels.patterns import causal, window
 from models.attention import Context
 from models.attention.pattern import PatternAttention
-from training.callbacks.compilation import compile_blocks
+from training.callbacks.compilation import compile_model
 from training.callbacks.throughput import PEAK_FLOPS
 
 PEER, PEER_WINDOW = "flex_window", 512
@@ -139,7 +139,7 @@ def _built(run: str, length: int, options) -> tuple[nn.Module, torch.optim.Optim
             nn.init.normal_(parameter, std=0.02)
     if run == PEER:
         _use_flex(model, length)
-    compile_blocks(model)
+    compile_model(model)
     return model, instantiate(config.optimizer)(model)
 
 

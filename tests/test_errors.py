@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 
 from tests.configs import composed
 from tests.tiny import fit
+from training.config_checks import check_types
 from training.errors import UserErrors
-from training.typecheck import check_types
 
 
 @pytest.fixture(autouse=True)

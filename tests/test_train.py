@@ -14,7 +14,7 @@ from tests.commands import ROOT, TINY, command, curve, environment, place, run, 
 from tests.configs import composed
 from train import main, without_null
 from training.checkpoint import read_checkpoint
-from training.typecheck import GROUPS
+from training.config_checks import GROUPS
 
 HARD = [  # everything that could make a resumed run another run
     "trainer.max_steps=12", "data.micro_tokens=256", "data.workers=2", "model.dropout=0.2",

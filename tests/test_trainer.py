@@ -29,7 +29,7 @@ from tests.tiny import (
     tiny_task,
     tiny_trainer,
 )
-from training.callbacks.compilation import compile_blocks
+from training.callbacks.compilation import compile_model
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
 
@@ -119,7 +119,7 @@ def test_lightning_and_python_warn_the_user_of_nothing(tmp_path, caplog, capsys)
 def test_compiling_blocks_renames_no_parameter(tmp_path):
     model = TinyModel()
     names = list(model.state_dict())
-    compile_blocks(model)
+    compile_model(model)
     assert list(model.state_dict()) == names
 
 
@@ -156,7 +156,7 @@ def test_one_graph_serves_layers_that_differ_in_numbers(attention, monkeypatch, 
         vocab_size=16, dim=32, layers=9, heads=2, attention={"a": attention}, layout=["a"]
     ).to(kernel_device)
     torch._dynamo.reset()
-    compile_blocks(model)
+    compile_model(model)
     with torch.no_grad():
         model(torch.randint(16, (1, 32), device=kernel_device))
     assert len(graphs) == 2  # of the blocks, and of the head
@@ -179,7 +179,7 @@ def test_windows_of_every_layer_and_phase_are_compiled_in_training_and_validatio
     with torch._dynamo.config.patch(
         recompile_limit=8, accumulated_recompile_limit=16, fail_on_recompile_limit_hit=True
     ):
-        compile_blocks(model, phases)
+        compile_model(model, phases)
         for phase in range(phases):
             model.set_windows([2 + phase * layers + n for n in range(layers)])
             for training in (False, True):

@@ -14,10 +14,10 @@ class Compilation(L.Callback):
     """Compiles the model's blocks and its head before training."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        compile_blocks(pl_module.model, phases=len(Phases.of(trainer).phases))
+        compile_model(pl_module.model, phases=len(Phases.of(trainer).phases))
 
 
-def compile_blocks(model: nn.Module, phases: int = 1) -> None:
+def compile_model(model: nn.Module, phases: int = 1) -> None:
     """Compile every block and the head in place: no parameter is renamed.
 
     One graph serves all layers that are alike, whatever random blocks they draw. Layers with

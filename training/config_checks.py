@@ -1,4 +1,4 @@
-"""Values of the configuration that are of the wrong type, found before anything is built."""
+"""What a configuration cannot be, found before anything is built: groups, types, seeds, folders."""
 
 import inspect
 import types
