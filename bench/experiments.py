@@ -2,9 +2,9 @@
 
 A twin is the same experiment with dense attention in every layer. Lengths and windows are the
 published ones, those of the last phase where there are several; a step is one forward pass, so that
-minutes hold many. Runs share the GPUs that there are, one each at a time. Prints a table, and
-writes it, the metrics and a picture of the curves to ``--out``. What follows ``--`` are overrides
-of all runs, such as the data:
+minutes hold many, and no samples are drawn. Runs share the GPUs that there are, one each at a time.
+Prints a table, and writes it, the metrics and a picture of the curves to ``--out``. What follows
+``--`` are overrides of all runs, such as the data:
 
     python -m bench.experiments bigbird_enwik8 --minutes 3 -- data=bytes data.path=FILE
 """
@@ -79,8 +79,9 @@ def overrides(name: str, dense: bool, options) -> list[str]:
     tokens = config.data.micro_tokens or config.data.batch_tokens
     short = [
         "phases=null", "trainer.max_steps=null", f"trainer.max_minutes={options.minutes}",
-        "trainer.validate_every=null", "trainer.log_every=20", "schedule.warmup_steps=200",
-        f"paths.output={_folder(name, dense, options)}", "resume=null",
+        "trainer.validate_every=null", "trainer.log_every=10", "schedule.warmup_steps=200",
+        f"paths.output={_folder(name, dense, options)}", "resume=null", "callbacks.samples=null",
+        "callbacks.images=null",
     ]  # fmt: skip
     if config.phases:
         phase = config.phases[-1]
@@ -120,6 +121,7 @@ def _train(
         gpus.put(gpu)
     kind = "dense" if dense else "its own"
     if done.returncode:
+        print(done.stderr, file=sys.stderr, flush=True)
         return [name, kind, (done.stderr.strip().splitlines() or ["no message"])[-1]]
     row = [name, kind, *_cells(folder)]
     print(*row, sep=" · ", flush=True)
