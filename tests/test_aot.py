@@ -81,29 +81,33 @@ def test_rules_of_one_form_in_one_kernel_are_told_apart():
     assert len(digests) == len({*digests}) == 3
 
 
-HEADS = """
+HEADS_AND_SWIGLU = """
 import sys, torch
+import kernels.qkv, kernels.swiglu
 from bench.compiling import compiled_for
-from kernels.qkv import split_heads
 with compiled_for(int(sys.argv[1]), copy_engine=False) as found:
     for size, dtype in ((16, torch.bfloat16), (64, torch.bfloat16), (128, torch.float32)):
         qkv, gain, angle = torch.zeros(1, 64, 6 * size), torch.ones(size), torch.ones(64, size // 2)
         out = torch.ops.strider.split_heads(qkv.to(dtype), gain, gain, angle, angle, 2, 2 * size)
         rest = (qkv.to(dtype), gain, gain, angle, angle, 2, 2 * size)
         torch.ops.strider.split_heads_backward(*out, *rest)
+    for width, dtype in ((1408, torch.bfloat16), (1408, torch.float32), (7, torch.bfloat16)):
+        x = torch.zeros(64, 2 * width, dtype=dtype)
+        torch.ops.strider.swiglu_backward(x[:, :width], x)
 for kernel in found:
     print(kernel.kernel, kernel.stores, kernel.shared)
 """
 
 
 @pytest.mark.parametrize("target", ["80", "90"])
-def test_the_kernels_that_split_heads_compile_and_spill_nothing(target):
+def test_the_kernels_of_heads_and_of_swiglu_compile_and_spill_nothing(target):
     result = subprocess.run(
-        [sys.executable, "-c", HEADS, target], cwd=ROOT, env=environment(TRITON_INTERPRET="0"),
-        capture_output=True, text=True, timeout=300,
+        [sys.executable, "-c", HEADS_AND_SWIGLU, target], cwd=ROOT,
+        env=environment(TRITON_INTERPRET="0"), capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     rows = [line.split() for line in result.stdout.splitlines()]
-    assert [row[0] for row in rows] == ["split_kernel", "split_backward_kernel"] * 3
+    heads, swiglu = ["split_kernel", "split_backward_kernel"], ["swiglu_backward_kernel"]
+    assert [row[0] for row in rows] == 3 * heads + 3 * swiglu
     assert all(int(stores) == 0 for _, stores, _ in rows)
     assert all(int(shared) <= SHARED_LIMIT[target] for _, _, shared in rows)
