@@ -1,7 +1,14 @@
 """Sampling from a model, one token at a time."""
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
+
+from models.attention.cache import Cache
+
+_GRAPH_TOKENS = 16  # from which a graph pays: to make it takes as long as a few eager passes
 
 
 @torch.compiler.set_stance("force_eager")  # lengths change: compiling each costs more than it saves
@@ -20,8 +27,8 @@ def generate(
     """Continue every prompt by ``tokens`` sampled tokens.
 
     The prompt takes one forward pass, and each token one over itself and the keys that are kept of
-    those before it. Where a sequence outgrows ``context``, the model starts again from the last
-    half of it, as it does when a text is scored.
+    those before it; on a GPU, the latter is captured as a CUDA graph. Where a sequence outgrows
+    ``context``, the model starts again from the last half of it, as it does when a text is scored.
 
     Args:
         model: a causal model with ``vocab_size`` (the start id, put before the prompt), ``cache``
@@ -59,12 +66,62 @@ def generate(
             half = -(-context // 2)
             unread = sequence if sequence.shape[1] <= context else sequence[:, -half:]
             room = min(context, unread.shape[1] + left - 1)
-            cache = model.cache(room)
-        logits = model.next_logits(unread, cache).float().cpu()
+            cache, read_token = model.cache(room), None
+            logits = model.next_logits(unread, cache)
+        else:
+            cache.advance()
+            read_token = read_token or _token_reader(model, cache, unread, room)
+            logits = read_token(unread)
         room -= unread.shape[1]
-        unread = sample(logits, temperature, top_k, top_p, generator).to(device)
+        unread = sample(logits.float().cpu(), temperature, top_k, top_p, generator).to(device)
         sequence = torch.cat((sequence, unread), dim=1)
     return sequence[:, 1:].to(prompt.device)
+
+
+def _token_reader(
+    model: nn.Module, cache: Cache, token: Tensor, count: int
+) -> Callable[[Tensor], Tensor]:
+    """What gives the logits after each of ``count`` tokens ``(B, 1)``, of which this is the first.
+
+    The cache has advanced to the token.
+    """
+    if token.is_cuda and count >= _GRAPH_TOKENS:
+        return _TokenGraph(model, cache, token)
+    return functools.partial(model.next_logits, cache=cache)
+
+
+class _TokenGraph:
+    """``model.next_logits`` of a single token as a CUDA graph: one launch in place of hundreds.
+
+    An eager pass goes before the capture, which can compile, load or set up nothing; the first
+    replay writes to the cache what that pass wrote. Weights that autocast has cast and kept were
+    cast before the capture, and are kept until the caller leaves its context; all others are cast
+    anew by each replay.
+    """
+
+    def __init__(self, model: nn.Module, cache: Cache, token: Tensor):
+        self.token = token.clone()
+        self.graph = torch.cuda.CUDAGraph()
+        current, stream = torch.cuda.current_stream(token.device), _side_stream(token.device)
+        stream.wait_stream(current)
+        with torch.cuda.stream(stream):
+            model.next_logits(self.token, cache)
+        current.wait_stream(stream)
+        # Other threads, such as a loader's that pins memory, go on as ever.
+        with torch.cuda.graph(self.graph, stream=stream, capture_error_mode="thread_local"):
+            self.logits = model.next_logits(self.token, cache)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        """Logits ``(B, vocab_size)``, which the next call overwrites."""
+        self.token.copy_(token)
+        self.graph.replay()
+        return self.logits
+
+
+@functools.cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for all graphs: the workspace that cuBLAS has for a stream is never given back."""
+    return torch.cuda.Stream(device)
 
 
 def check_sampling(temperature: float, top_k: int | None, top_p: float) -> None:

@@ -13,6 +13,7 @@ from kernels.tiles import settle, spans_of
 
 _QUERIES = 256  # of a tile, one key wide: few tiles a key, and few cells in the last one
 _CELLS = 2**18  # looked at at once: 1 MiB for each int32 temporary, which stays in a CPU's cache
+_GPU_CELLS = 2**20  # the same on a GPU, where launches count for more
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,23 +44,24 @@ class CachePlan:
     def steps(self, tokens: int, device: torch.device | str) -> Iterator[tuple[Tensor, Tensor]]:
         """For each query after the first ``tokens``: its key's slot, and the slots that it sees.
 
-        Slots ``(heads)`` int64, and ``(heads, most slots)`` bool.
+        Slots ``(heads)`` int64, and ``(heads, most slots)`` bool, contiguous.
         """
         heads, length = self.slot.shape
         slots = int(self.kept.max())
         numbers = torch.arange(heads)[:, None] if self.pattern.differs_by_head else 0
-        head, slot = torch.arange(heads, device=device), self.slot.to(device)
+        head, slot = torch.arange(heads, device=device), self.slot.T.contiguous().to(device)
         position = torch.full((heads, slots), -1, device=device)  # of the key in each slot
         held, key = (x.to(device) for x in self.held(tokens))
-        position[held, slot[held, key]] = key
-        ahead = max(1, _CELLS // (heads * slots))  # queries at once: few operations a token
+        position[held, slot[key, held]] = key
+        cells = _CELLS if head.device.type == "cpu" else _GPU_CELLS
+        ahead = max(1, cells // (heads * slots))  # queries at once: few operations a token
         for first in range(tokens, length, ahead):
             i = torch.arange(first, min(first + ahead, length), device=device)
             then = position.repeat(len(i), 1, 1)
-            then[(i - first)[:, None], head, slot[:, i].T] = i[:, None]
+            then[(i - first)[:, None], head, slot[i]] = i[:, None]
             then = then.cummax(dim=0).values  # the last key that came to the slot
             seen = self.pattern.visible(i[:, None, None], then.clamp(min=0), numbers, length=length)
-            yield from zip(slot[:, i].T, seen & (then >= 0), strict=True)
+            yield from zip(slot[i], seen & (then >= 0), strict=True)
             position = then[-1]
 
 

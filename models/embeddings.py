@@ -44,19 +44,20 @@ class RasterPositions(nn.Module):
         for embedding in self.coordinates:
             nn.init.normal_(embedding.weight, std=std / len(self.shape) ** 0.5)
 
-    def forward(self, length: int, first: int = 0) -> Tensor:
+    def forward(self, length: int, first: int | Tensor = 0) -> Tensor:
         """``length`` entries from number ``first``, ``(L, dim)``.
 
         Raises:
-            ValueError: if the raster has fewer tokens.
+            ValueError: if the raster has fewer tokens; not if ``first`` is a tensor (), whose value
+                only its device knows.
         """
-        if first + length > math.prod(self.shape):
+        if not isinstance(first, Tensor) and first + length > math.prod(self.shape):
             raise ValueError(
                 f"learned positions reach {math.prod(self.shape):,} tokens {self.shape}, got "
                 f"{first + length:,}; shorten the sequence (data.length, context), or train with a "
                 f"larger model.matrix_shape."
             )
-        token = torch.arange(first, first + length, device=self.coordinates[0].weight.device)
+        token = first + torch.arange(length, device=self.coordinates[0].weight.device)
         total = 0
         for size, embedding in zip(reversed(self.shape), reversed(self.coordinates), strict=True):
             total = total + embedding(token % size)
@@ -65,16 +66,16 @@ class RasterPositions(nn.Module):
 
 
 def rotary_tables(
-    length: int, head_size: int, base: float, device: torch.device, first: int = 0
+    length: int, head_size: int, base: float, device: torch.device, first: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the angles of ``length`` positions from number ``first``.
 
-    Two float32 tensors ``(L, head_size / 2)``.
+    Two float32 tensors ``(L, head_size / 2)``; ``first`` is an int or a tensor ().
 
     Source:
         RoFormer, Su et al. 2021, arXiv:2104.09864, eq. 15; wavelengths from 2 pi to 2 pi ``base``.
     """
     pairs = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
-    position = torch.arange(first, first + length, device=device, dtype=torch.float32)
+    position = torch.arange(length, device=device, dtype=torch.float32) + first
     angle = position[:, None] * base ** (-pairs / head_size)
     return angle.cos(), angle.sin()

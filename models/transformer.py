@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.patterns import Pattern
 from models.attention import Context
-from models.attention.cache import KeyValueCache
+from models.attention.cache import Cache
 from models.embeddings import RasterPositions, rotary_tables
 from models.feed_forward import SwiGLU
 from models.heads import Head
@@ -161,27 +161,28 @@ class Transformer(nn.Module):
         for positions in self.positions:
             positions(length)
 
-    def cache(self, length: int) -> list[KeyValueCache]:
-        """Empty caches, one a layer, for sequences of ``length`` tokens.
+    def cache(self, length: int) -> Cache:
+        """An empty cache for sequences of ``length`` tokens.
 
         Raises:
             ValueError: if the model has no positions for so many, or sees later tokens.
         """
         self.check_length(length)
-        return [block.attention.cache(length) for block in self.blocks]
+        return Cache([block.attention.cache(length) for block in self.blocks])
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, cache: Sequence[KeyValueCache]) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
         """Logits of the token after these, ``(B, L)`` -> ``(B, vocab_size)``; the cache takes them.
 
-        The first call takes as many as there are, and each later one a single token.
+        The first call takes as many as there are, and each later one, after ``cache.advance()``, a
+        single token.
         """
         return self.head(self.hidden_states(tokens, cache)[:, -1])
 
-    def hidden_states(self, tokens: Tensor, cache: Sequence[KeyValueCache] | None = None) -> Tensor:
+    def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
         """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
         length, x = tokens.shape[1], self.embedding(tokens)
-        first = cache[0].tokens if cache else 0  # where in the sequence these tokens begin
+        first = cache.position if cache else 0  # where in the sequence these tokens begin
         for positions in self.positions:
             x = x + positions(length, first)
         extra = self._extra
@@ -192,7 +193,7 @@ class Transformer(nn.Module):
         rotary = self._rotary_tables(extra + length, tokens.device, first)
         context = Context(rotary, self._documents(tokens))
         for n, block in enumerate(self.blocks):
-            context = replace(context, cache=cache[n]) if cache else context
+            context = replace(context, cache=cache.layers[n]) if cache else context
             if self.recompute and torch.is_grad_enabled():
                 x = checkpoint(block, x, context, use_reentrant=False)
             else:
@@ -205,7 +206,7 @@ class Transformer(nn.Module):
         return 0 if self.global_vectors is None else self.global_vectors.num_embeddings
 
     def _rotary_tables(
-        self, length: int, device: torch.device, first: int
+        self, length: int, device: torch.device, first: int | Tensor
     ) -> tuple[Tensor, Tensor] | None:
         if self.rotary_base is None:
             return None

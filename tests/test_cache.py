@@ -5,6 +5,7 @@ import torch
 from hydra.utils import instantiate
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from evaluation.generation import generate
 from kernels.patterns import (
@@ -19,7 +20,7 @@ from kernels.patterns import (
     window,
 )
 from kernels.reach import cache_plan, last_queries
-from models.attention.cache import KeyValueCache
+from models.attention.cache import Cache, KeyValueCache
 from tests.configs import SMALL, composed
 from tests.oracle import dense_attention, dense_mask
 from tests.test_patterns import patterns
@@ -132,13 +133,16 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
     q, k = torch.randn(2, 2, heads, length, 16, device=device)
     v = torch.randn(2, heads, length, 24, device=device)
     wanted, _ = dense_attention(q, k, v, dense_mask(pattern, length, heads, device))
-    cache = KeyValueCache(pattern, heads, length)
-    cache.fill(k[:, :, :first], v[:, :, :first])
+    layer = KeyValueCache(pattern, heads, length)
+    cache = Cache([layer])
+    layer.fill(k[:, :, :first], v[:, :, :first])
     for i in range(first, length):
-        out = cache.step(*(x[:, :, i : i + 1] for x in (q, k, v)))
-        torch.testing.assert_close(out[:, :, 0], wanted[:, :, i], rtol=1e-5, atol=1e-5)
-    assert cache.tokens == length
-    assert cache.keys.shape[2] == max(most_kept(pattern, length, heads))
+        cache.advance()
+        for _ in range(2):  # the same token again changes nothing
+            out = layer.step(*(x[:, :, i : i + 1] for x in (q, k, v)))
+            torch.testing.assert_close(out[:, :, 0], wanted[:, :, i], rtol=1e-5, atol=1e-5)
+        assert cache.position == i
+    assert layer.keys.shape[2] == max(most_kept(pattern, length, heads))
 
 
 # ------------------------------------------------------------------------------------- models
@@ -181,11 +185,12 @@ def build(*overrides: str):
     return model
 
 
-def predicted(model, tokens, first: int):
+def predicted(model, tokens, first: int, cache=None):
     """Logits after ``tokens[:, :first]`` and each one that follows, from a cache."""
-    cache = model.cache(tokens.shape[1])
+    cache = model.cache(tokens.shape[1]) if cache is None else cache
     yield model.next_logits(tokens[:, :first], cache)
     for n in range(first, tokens.shape[1]):
+        cache.advance()
         yield model.next_logits(tokens[:, n : n + 1], cache)
 
 
@@ -199,6 +204,24 @@ def test_cached_predictions_are_those_of_the_whole_text(overrides, first, device
     wanted = model(tokens)[:, first - 1 :]
     found = torch.stack(list(predicted(model, tokens, first)), dim=1)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", FAMILIES, ids=" ".join)
+def test_a_pass_that_is_recorded_once_serves_every_later_token(overrides):
+    """As a CUDA graph does: always the same operations, on the same memory."""
+    model = build(*overrides)
+    tokens = torch.randint(256, (2, 75))
+    cache = model.cache(75)
+    model.next_logits(tokens[:, :23], cache)
+    cache.advance()
+    recorded = make_fx(lambda token: model.next_logits(token, cache))(tokens[:, 23:24])
+    found = [recorded(tokens[:, 23:24])]
+    for n in range(24, 75):
+        cache.advance()
+        found.append(recorded(tokens[:, n : n + 1]))
+    wanted = model(tokens)[:, 23:]
+    torch.testing.assert_close(torch.stack(found, dim=1), wanted, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("prompt", [0, 1, 40])
@@ -219,10 +242,10 @@ def test_half_precision_is_cached_in_half_precision(device):
         wanted = model(tokens)[:, 9:]
         with torch.autocast(device.type, dtype=torch.bfloat16):
             cache = model.cache(50)
-            found = [model.next_logits(tokens[:, :10], cache)]
-            found += [model.next_logits(tokens[:, n : n + 1], cache) for n in range(10, 50)]
-    assert cache[0].keys.dtype == cache[0].values.dtype == torch.bfloat16
-    assert cache[0].keys.shape == (1, 4, 16, 8)
+            found = list(predicted(model, tokens, 10, cache))
+    layer = cache.layers[0]
+    assert layer.keys.dtype == layer.values.dtype == torch.bfloat16
+    assert layer.keys.shape == (1, 4, 16, 8)
     found = torch.stack(found, dim=1).float()
     assert (found - wanted).norm() / wanted.norm() < 0.03
 

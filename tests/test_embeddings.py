@@ -4,7 +4,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from models.embeddings import RasterPositions
+from models.embeddings import RasterPositions, rotary_tables
 from tests.configs import composed
 
 SMALL = ["model.dim=32", "model.heads=2", "model.layers=2", "run_id=x"]
@@ -22,6 +22,15 @@ def test_every_place_is_the_sum_of_its_row_column_and_channel():
         expected = rows.weight[row] + columns.weight[column] + channels.weight[channel]
         torch.testing.assert_close(entries[row, column, channel], expected)
     torch.testing.assert_close(positions(7), positions(60)[:7])
+
+
+def test_positions_may_begin_at_a_number_that_only_their_device_knows():
+    positions, first = RasterPositions(8, [4, 5, 3], std=1.0), torch.tensor(41)
+    assert torch.equal(positions(2, first), positions(60)[41:43])
+    for found, wanted in zip(
+        rotary_tables(2, 8, 1e4, "cpu", first), rotary_tables(60, 8, 1e4, "cpu"), strict=True
+    ):
+        assert torch.equal(found, wanted[41:43])
 
 
 def test_the_sum_has_the_spread_that_was_asked_for():

@@ -1,10 +1,15 @@
 """Sampling: what is drawn, and what it depends on."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
+from evaluation import generation
 from evaluation.generation import generate, sample
+from tests.test_cache import build
 
 
 class Counter(nn.Module):
@@ -15,10 +20,14 @@ class Counter(nn.Module):
     def __init__(self):
         super().__init__()
         self.scale = nn.Parameter(torch.tensor(50.0))
-        self.caches, self.passes = [], []
+        self.caches, self.passes, self.advances = [], [], 0
 
     def cache(self, length):
         self.caches.append(length)
+        return self
+
+    def advance(self):
+        self.advances += 1
 
     def next_logits(self, tokens, cache):
         self.passes.append(tokens.shape[1])
@@ -43,6 +52,7 @@ def test_the_prompt_is_read_at_once_and_each_token_by_itself():
     generate(model, torch.tensor([[3, 4, 5]]), 6)
     assert model.passes == [4, 1, 1, 1, 1, 1]  # the start id is one of the four
     assert model.caches == [9]  # nothing comes after the last token
+    assert model.advances == 5
 
 
 def test_beyond_the_context_it_starts_again_from_the_last_half():
@@ -133,3 +143,89 @@ def test_a_context_of_nothing_is_refused():
 def test_a_prompt_of_anything_but_tokens_is_refused(token):
     with pytest.raises(ValueError, match=f"tokens of 0 to 9, got {min(1, token)} to"):
         generate(Counter(), torch.tensor([[1, token]]), 1)
+
+
+# ------------------------------------------------------------------------------------- graphs
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs run on a GPU")
+GRAPHED = [
+    ["model=dense"],
+    ["model=dense", "model.rotary_base=null", "model.matrix_shape=[10,10]"],
+    ["model=bigbird", "model.attention.bigbird.block=8"],
+    ["model=sparse_transformer", "model.attention.sparse_transformer={stride: 16, cells: 4}"],
+]
+PRECISIONS = {
+    "float32": nullcontext,
+    "autocast": lambda: torch.autocast("cuda", dtype=torch.bfloat16),
+    "uncached": lambda: torch.autocast("cuda", dtype=torch.bfloat16, cache_enabled=False),
+}
+
+
+def long_text(model, device):
+    """A text that outgrows its context twice."""
+    prompt = torch.arange(10, device=device).view(2, 5)
+    generator = torch.Generator().manual_seed(0)
+    return generate(model, prompt, 150, context=80, top_k=3, generator=generator)
+
+
+@pytest.mark.parametrize("overrides", GRAPHED, ids=" ".join)
+def test_each_cache_has_a_reader_of_its_own(overrides, monkeypatch):
+    model = build(*overrides)
+    wanted = long_text(model, "cpu")
+    counts = []
+
+    def record(model, cache, token, count):
+        """What a graph is: the operations of one pass, on its memory."""
+        counts.append(count)
+        return make_fx(lambda token: model.next_logits(token, cache))(token)
+
+    monkeypatch.setattr(generation, "_token_reader", record)
+    assert torch.equal(long_text(model, "cpu"), wanted)
+    assert counts == [80 - 6, 80 - 40, 34 - 1]  # the start id is one of the six
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("overrides", GRAPHED, ids=" ".join)
+def test_a_graph_predicts_what_eager_passes_do(overrides, precision):
+    model = build(*overrides).cuda()
+    tokens = torch.randint(256, (3, 90), device="cuda")
+    eager, graphed = model.cache(90), model.cache(90)
+    # Where gradients are off, autocast keeps casts of weights, and in inference mode it does not.
+    with torch.no_grad(), PRECISIONS[precision]():
+        for cache in (eager, graphed):
+            model.next_logits(tokens[:, :20], cache)
+        read = None
+        for n in range(20, 90):
+            token = tokens[:, n : n + 1]
+            for cache in (eager, graphed):
+                cache.advance()
+            read = read or generation._TokenGraph(model, graphed, token)
+            torch.testing.assert_close(read(token), model.next_logits(token, eager))
+
+
+@needs_gpu
+@pytest.mark.parametrize("overrides", GRAPHED, ids=" ".join)
+def test_a_graph_writes_the_text_of_eager_passes(overrides, monkeypatch):
+    model = build(*overrides).cuda()
+    for block in model.blocks:
+        block.compile()  # as in training
+    graphs, graph = [], generation._TokenGraph
+    monkeypatch.setattr(generation, "_TokenGraph", lambda *args: graphs.append(1) or graph(*args))
+    found = long_text(model, "cuda")
+    assert len(graphs) == 3
+    monkeypatch.setattr(generation, "_GRAPH_TOKENS", 1_000)
+    assert torch.equal(long_text(model, "cuda"), found)
+    assert len(graphs) == 3
+
+
+@needs_gpu
+def test_a_graph_gives_its_memory_back():
+    model = build("model=dense").cuda()
+    prompt = torch.randint(256, (2, 5), device="cuda")
+    used = []
+    for _ in range(4):
+        generate(model, prompt, 40)
+        torch.cuda.empty_cache()
+        used.append(torch.cuda.memory_reserved())
+    assert used[3] <= used[1]  # the first one sets up what stays

@@ -51,7 +51,10 @@ class TinyModel(nn.Module):
         pass  # it has no positions
 
     def cache(self, length):
-        return None  # no token looks back
+        return self  # no token looks back: nothing is kept
+
+    def advance(self):
+        pass
 
     def next_logits(self, tokens, cache):
         return self(tokens)[:, -1]
