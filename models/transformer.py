@@ -23,7 +23,8 @@ NORMS = {"rms": nn.RMSNorm, "layer": nn.LayerNorm}
 class Block(nn.Module):
     """``x + attention(norm(x))``, then ``x + feed_forward(norm(x))``; dropout on what is added.
 
-    This is the residual form of the Sparse Transformer too (Child et al. 2019, section 5.2).
+    This is the residual form of the Sparse Transformer too (Child et al. 2019, section 5.2). With
+    ``recompute`` it keeps nothing but ``x`` for the backward pass and runs again there.
     """
 
     def __init__(
@@ -32,14 +33,22 @@ class Block(nn.Module):
         feed_forward: nn.Module,
         norm: Callable[[], nn.Module],
         dropout: float,
+        recompute: bool = False,
     ):
         super().__init__()
+        self.recompute = recompute
         self.attention_norm, self.feed_forward_norm = norm(), norm()
         self.attention = attention
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
+        # In here, so that a compiled block is one graph each way, and not called again.
+        if self.recompute and torch.is_grad_enabled():
+            return checkpoint(self._sublayers, x, context, use_reentrant=False)
+        return self._sublayers(x, context)
+
+    def _sublayers(self, x: Tensor, context: Context) -> Tensor:
         x = x + self.dropout(self.attention(self.attention_norm(x), context))
         return x + self.dropout(self.feed_forward(self.feed_forward_norm(x)))
 
@@ -111,7 +120,6 @@ class Transformer(nn.Module):
         _check_names(attention, layout, documents, norm)
         self.vocab_size, self.dim, self.layers, self.heads = vocab_size, dim, layers, heads
         self.rotary_base, self.documents, self.masked = rotary_base, documents, masked
-        self.recompute = recompute
         self.layout = [layout[n % len(layout)] for n in range(layers)]
         self.embedding = nn.Embedding(vocab_size + 1 + masked, dim)
         self.dropout = nn.Dropout(dropout if embedding_dropout is None else embedding_dropout)
@@ -121,6 +129,7 @@ class Transformer(nn.Module):
                 feed_forward(dim, hidden),
                 lambda: NORMS[norm](dim),
                 dropout,
+                recompute,
             )
             for layer, name in enumerate(self.layout)
         )
@@ -194,10 +203,7 @@ class Transformer(nn.Module):
         context = Context(rotary, self._documents(tokens))
         for n, block in enumerate(self.blocks):
             context = replace(context, cache=cache.layers[n]) if cache else context
-            if self.recompute and torch.is_grad_enabled():
-                x = checkpoint(block, x, context, use_reentrant=False)
-            else:
-                x = block(x, context)
+            x = block(x, context)
         return x[:, extra:]
 
     @property

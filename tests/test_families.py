@@ -16,9 +16,9 @@ from models.attention.longformer import LongformerAttention
 from models.attention.pattern import PatternAttention
 from models.attention.projections import Projections
 from models.attention.sparse_transformer import SparseTransformerAttention
-from models.feed_forward import MLP
+from models.feed_forward import MLP, SwiGLU
 from models.initialisation import scaled_normal, sparse_transformer
-from models.transformer import Transformer
+from models.transformer import Block, Transformer
 from tests.configs import composed
 from training.optimizers import adamw
 
@@ -181,6 +181,38 @@ def test_recomputing_changes_no_gradient_even_with_dropout():
         results.append([nats, *(p.grad for p in model.parameters())])
     for plain, recomputed in zip(*results, strict=True):
         assert torch.equal(plain, recomputed)
+
+
+class Mixing(nn.Module):
+    """Stands in for attention."""
+
+    def __init__(self):
+        super().__init__()
+        self.map = nn.Linear(32, 32)
+
+    def forward(self, x, context):
+        return self.map(x).cumsum(dim=1)
+
+
+def test_a_compiled_block_that_recomputes_is_one_graph_and_keeps_its_input_alone():
+    x, kept, gradients = torch.randn(4, 64, 32), [], []
+    for recompute in (False, True):
+        torch.manual_seed(0)
+        block = randomised(Block(Mixing(), SwiGLU(32, 64), lambda: nn.RMSNorm(32), 0.0, recompute))
+        own = {p.data_ptr() for p in block.parameters()} | {x.data_ptr()}
+        saved = []
+        block.compile(fullgraph=True)
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, s=saved: s.append(t) or t, lambda t: t
+        ):
+            out = block(x, CONTEXT)
+        kept.append(sum(t.numel() for t in saved if t.data_ptr() not in own))
+        out.square().sum().backward()
+        gradients.append([p.grad for p in block.parameters()])
+    assert kept[0] > 4 * x.numel()
+    assert kept[1] == 0
+    for plain, recomputed in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, recomputed)
 
 
 # Longformer
