@@ -2,9 +2,11 @@
 
 import argparse
 import json
+import math
 from itertools import accumulate, pairwise
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 
@@ -28,18 +30,38 @@ def draw(folders: list[Path], output: Path) -> None:
     """Two panels, over tokens and over minutes, with one line a run."""
     figure = Figure(figsize=(11, 4), layout="constrained")
     panels = figure.subplots(1, 2, sharey=True)
-    top = 0.0
-    for folder in folders:
-        measure, tokens, minutes, bits = curve(folder)
-        top = max(top, bits[len(bits) // 10])  # the steep beginning would hide the rest
-        for axes, x in zip(panels, (tokens, minutes), strict=True):
-            axes.plot(x, bits, label=folder.name, linewidth=1)
-    for axes, label in zip(panels, ("million training tokens", "minutes"), strict=True):
-        axes.set(xlabel=label, ylim=(None, top))
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel(measure.replace("train/", "training ").replace("_", " "))
+    for column, (axes, label) in enumerate(
+        zip(panels, ("million training tokens", "minutes"), strict=True)
+    ):
+        measure = _plot(axes, folders, column)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel(f"training {measure}")
     panels[0].legend()
     figure.savefig(output, dpi=120)
+
+
+def draw_groups(groups: dict[str, list[Path]], output: Path, columns: int = 3) -> None:
+    """A panel over minutes for each group of runs, with one line a run."""
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
+    for n, (title, folders) in enumerate(groups.items(), start=1):
+        axes = figure.add_subplot(rows, columns, n)
+        axes.set(title=title, ylabel=_plot(axes, folders, column=1))
+        axes.legend(fontsize="small")
+    figure.supxlabel("minutes of training")
+    figure.savefig(output, dpi=90)
+
+
+def _plot(axes: Axes, folders: list[Path], column: int) -> str:
+    """One line a run, over tokens (column 0) or minutes (1); returns the name of the measure."""
+    top = 0.0
+    for folder in folders:
+        measure, *x, bits = curve(folder)
+        top = max(top, bits[len(bits) // 10])  # the steep beginning would hide the rest
+        axes.plot(x[column], bits, label=folder.name, linewidth=1)
+    axes.set_ylim(None, top)
+    axes.grid(alpha=0.3)
+    return measure.removeprefix("train/").replace("_", " ")
 
 
 def main() -> None:

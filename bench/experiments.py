@@ -3,8 +3,8 @@
 A twin is the same experiment with dense attention in every layer. Lengths and windows are the
 published ones, those of the last phase where there are several; a step is one forward pass, so that
 minutes hold many, and no samples are drawn. Runs share the GPUs that there are, one each at a time.
-Prints a table, and writes it, the metrics and a picture of the curves to ``--out``. What follows
-``--`` are overrides of all runs, such as the data:
+Prints a table, and writes it, a picture of the curves and the runs' folders to ``--out``. What
+follows ``--`` are overrides of all runs, such as the data:
 
     python -m bench.experiments bigbird_enwik8 --minutes 3 -- data=bytes data.path=FILE
 """
@@ -23,7 +23,7 @@ import torch
 from hydra import compose, initialize
 from omegaconf import DictConfig
 
-from bench.curves import draw
+from bench.curves import draw_groups
 
 COLUMNS = (
     "experiment", "attention", "parameters", "steps", "tokens/s", "TF/s", "MFU", "peak GiB",
@@ -47,9 +47,11 @@ def main() -> int:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     print(table)
     (options.out / "experiments.md").write_text(table + "\n")
-    for name in options.names:
-        folders = [_folder(name, dense, options) for dense in (False, True)]
-        draw([f for f in folders if (f / "metrics.jsonl").exists()], options.out / f"{name}.png")
+    runs = {
+        name: [_folder(name, dense, options) for dense in (False, True)] for name in options.names
+    }
+    trained = {n: [f for f in pair if (f / "metrics.jsonl").exists()] for n, pair in runs.items()}
+    draw_groups({n: pair for n, pair in trained.items() if pair}, options.out / "experiments.png")
     return 0
 
 

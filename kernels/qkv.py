@@ -14,7 +14,7 @@ from kernels.dispatch import Implementation, choose
 from kernels.primitives import kernel
 
 EPSILON = 1e-6  # added to the mean square
-TOKENS = 32  # of a program
+TOKENS = 16  # of a program
 
 Rotary = tuple[Tensor, Tensor]
 

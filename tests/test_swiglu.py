@@ -109,8 +109,9 @@ def test_a_second_derivative_is_right_or_refused(kernel_device):
         dx.sum().backward()
 
 
-def test_a_request_that_cannot_be_met_is_refused():
+def test_a_request_that_cannot_be_met_is_refused(kernel_device):
+    wide = torch.zeros(1, 4, dtype=torch.float64, device=kernel_device)
     with pytest.raises(ValueError, match=r"got torch\.float64"):
-        swiglu(torch.zeros(1, 4, dtype=torch.float64), implementation="fused")
+        swiglu(wide, implementation="fused")
     with pytest.raises(ValueError, match="width of 7"):
         swiglu(torch.zeros(1, 7))
