@@ -12,7 +12,7 @@ class Batching:
         first_step: optimizer steps done before.
         length: tokens in a window.
         batch_tokens: tokens in an optimizer step, over all devices.
-        micro_tokens: tokens in a forward pass of one device; None takes its share in one pass.
+        micro_tokens: most tokens in a forward pass of one device; None: no limit, one pass.
 
     Raises:
         ValueError: if the numbers do not divide as they must.
@@ -38,7 +38,7 @@ class Batching:
             ValueError: if the batch cannot be shared equally.
         """
         key = f"{self.key}.batch_tokens"
-        if self.micro_tokens is None:
+        if self.micro_tokens is None or self.batch_tokens <= world_size * self.micro_tokens:
             unit, size = f"devices x {self.key}.length", world_size * self.length
             require_multiple(key, self.batch_tokens, unit, size)
             return 1

@@ -53,7 +53,7 @@ class SequenceData(L.LightningDataModule):
         cache: folder for downloads and unpacked files.
         length: tokens in a window.
         batch_tokens: tokens in an optimizer step, over all devices.
-        micro_tokens: tokens in a forward pass of one device; None takes its share in one pass.
+        micro_tokens: most tokens in a forward pass of one device; None: no limit, one pass.
         validation_tokens: how many validation tokens are scored, in windows at even distances;
             None takes 1,048,576, or 65,536 on a CPU.
         vocab_size: number of different tokens; the start id is the next number.

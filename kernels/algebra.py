@@ -24,6 +24,7 @@ from kernels.spans import (
 )
 from kernels.tiles import TileList, count_cells, list_tiles
 
+ANY_LENGTH = 2**40  # more tokens than any sequence has
 _ENCODED = 256  # texts are filled up to whole multiples, so that few lengths differ
 
 
@@ -34,6 +35,8 @@ class Pattern:
     variants = 1  # patterns of the longest `per_head` in it
     is_causal = False  # True if it is certain that no query sees a later key
     sees_itself = False  # True if it is certain that every query sees its own position
+    shows_past = 0  # length of sequences up to which it is certain that all of the past is seen
+    shows_future = 0  # the same of the future
     _encoded = None
 
     @property
@@ -162,6 +165,7 @@ class Pattern:
 @dataclass(frozen=True, repr=False)
 class Full(Pattern):
     sees_itself = True
+    shows_past = shows_future = ANY_LENGTH
 
     def _visible(self, i, j, head, length):
         return torch.ones_like(i + j, dtype=torch.bool)
@@ -230,6 +234,14 @@ class _Combination(Pattern):
     def variants(self) -> int:
         return max(operand.variants for operand in self.operands)
 
+    @functools.cached_property
+    def shows_past(self) -> int:
+        return self.extreme(operand.shows_past for operand in self.operands)
+
+    @functools.cached_property
+    def shows_future(self) -> int:
+        return self.extreme(operand.shows_future for operand in self.operands)
+
     def _visible(self, i, j, head, length):
         seen = (operand._visible(i, j, head, length) for operand in self.operands)
         return functools.reduce(self.join, seen)
@@ -281,8 +293,9 @@ class And(_Combination):
     """Visible where every operand is."""
 
     symbol, join, table = "&", staticmethod(operator.and_), AND
+    extreme = staticmethod(min)  # of lengths that all operands reach
 
-    @property
+    @functools.cached_property
     def is_causal(self) -> bool:
         return any(operand.is_causal for operand in self.operands)
 
@@ -303,8 +316,9 @@ class Or(_Combination):
     """Visible where any operand is."""
 
     symbol, join, table = "|", staticmethod(operator.or_), OR
+    extreme = staticmethod(max)
 
-    @property
+    @functools.cached_property
     def is_causal(self) -> bool:
         return all(operand.is_causal for operand in self.operands)
 

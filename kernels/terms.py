@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import spans
-from kernels.algebra import Pattern
+from kernels.algebra import ANY_LENGTH, Pattern
 from kernels.random_plan import RandomBlocks, block_of
 from kernels.spans import DEAD, FULL, MIXED, UNKNOWN, Grid, Order, Spans
 
@@ -31,6 +31,7 @@ _CELLS = 2**22  # tiles whose block layout is looked up at once, 16 MiB for each
 @dataclass(frozen=True, repr=False)
 class Causal(Pattern):
     is_causal = sees_itself = True
+    shows_past = ANY_LENGTH
 
     def _visible(self, i, j, head, length):
         return j <= i
@@ -53,6 +54,14 @@ class Window(Pattern):
     @property
     def is_causal(self) -> bool:
         return self.right == 0 and self.block == 1
+
+    @property
+    def shows_past(self) -> int:
+        return (self.left + 1) * self.block
+
+    @property
+    def shows_future(self) -> int:
+        return (self.right + 1) * self.block
 
     def _visible(self, i, j, head, length):
         distance = block_of(i, self.block) - block_of(j, self.block)
@@ -198,6 +207,12 @@ def _sizes(term: Summary | Fixed) -> str:
 @dataclass(frozen=True, repr=False)
 class GlobalTokens(Pattern):
     count: int
+
+    @property
+    def shows_past(self) -> int:
+        return self.count
+
+    shows_future = shows_past
 
     def _visible(self, i, j, head, length):
         return (i < self.count) | (j < self.count)

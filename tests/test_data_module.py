@@ -69,7 +69,7 @@ def test_batches_do_not_depend_on_workers(make_data, workers):
     assert torch.equal(steps(make_data(workers=workers), 30), steps(make_data(), 30))
 
 
-@pytest.mark.parametrize("micro_tokens", [None, LENGTH, 2 * LENGTH])
+@pytest.mark.parametrize("micro_tokens", [None, LENGTH, 2 * LENGTH, 16 * LENGTH])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_step_does_not_depend_on_devices_and_passes(make_data, world_size, micro_tokens):
     shares = [

@@ -30,7 +30,7 @@ class Phase:
         steps: optimizer steps in it; None: until the run ends.
         length: tokens in a window.
         batch_tokens: tokens in an optimizer step, over all devices.
-        micro_tokens: tokens in a forward pass of one device; None takes its share in one pass.
+        micro_tokens: most tokens in a forward pass of one device; None: no limit, one pass.
         lr: peak of the learning rate that `optimizer.lr` is; None: that of the optimizer.
         lr_factor: share of `optimizer.lr` that this is, by which all rates are scaled.
         windows: the attention window of each layer, in tokens; None: as the model was made.

@@ -5,20 +5,19 @@ import functools
 import torch
 from torch import Tensor
 
-from kernels.algebra import And, Full, Or, Pattern
+from kernels.algebra import Pattern
 from kernels.patterns import causal, full
-from kernels.terms import Causal, GlobalTokens, Window
 
 LARGEST_HEAD = 128  # of cuDNN's kernels
 
 
 def equal_pattern(pattern: Pattern, length: int) -> Pattern | None:
     """``causal()`` or ``full()`` if the pattern surely equals it over ``length`` tokens."""
-    if not _shows(pattern, length, past=True):
+    if length > pattern.shows_past:
         return None
     if pattern.is_causal:
         return causal()
-    return full() if _shows(pattern, length, past=False) else None
+    return full() if length <= pattern.shows_future else None
 
 
 def can_run(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> bool:
@@ -71,21 +70,3 @@ class _LogSumExp(torch.autograd.Function):
 def _has_cudnn(device: torch.device) -> bool:
     """Hopper and later, where cuDNN is the fastest."""
     return torch.cuda.get_device_capability(device) >= (9, 0)
-
-
-def _shows(pattern: Pattern, length: int, *, past: bool) -> bool:
-    """Whether all of the past is surely visible, or all of the future."""
-    match pattern:
-        case Causal():
-            return past
-        case Full():
-            return True
-        case Window(left=left, right=right, block=block):
-            return ((left if past else right) + 1) * block >= length
-        case GlobalTokens(count=count):
-            return count >= length
-        case And(operands=operands):
-            return all(_shows(p, length, past=past) for p in operands)
-        case Or(operands=operands):
-            return any(_shows(p, length, past=past) for p in operands)
-    return False

@@ -11,7 +11,7 @@ from kernels import patterns
 from kernels.attend import attend
 from kernels.patterns import Pattern
 from models.attention import Context
-from models.attention.pattern import PatternAttention, encoded
+from models.attention.pattern import PatternAttention, prepared
 from models.attention.projections import MakeProjections, Projections
 
 
@@ -84,9 +84,9 @@ class LongformerAttention(PatternAttention):
 
     def set_window(self, window: int) -> None:
         """Change the window, as from one phase of training to the next."""
-        self.pattern = encoded(_pattern(window, **self._shape))
+        self.pattern = prepared(_pattern(window, **self._shape))
         # The rows of global tokens that have maps of their own are computed apart.
-        self._without_rows = encoded(_pattern(window, **self._shape, rows=False))
+        self._without_rows = prepared(_pattern(window, **self._shape, rows=False))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.global_projections is None:

@@ -39,7 +39,7 @@ class PatternAttention(nn.Module):
                 f"per_head must not have more patterns than heads={heads}, got "
                 f"{pattern.variants}: {pattern!r}."
             )
-        self.pattern = encoded(pattern.on_layer(layer))
+        self.pattern = prepared(pattern.on_layer(layer))
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.projections.split(x, context)
@@ -67,7 +67,7 @@ class PatternAttention(nn.Module):
         return 2 * (self.projections.qk_dim + self.projections.dim) * keys
 
 
-def encoded(pattern: Pattern) -> Pattern:
-    """The pattern, which keeps its encoded text from here on: `torch.compile` need not trace it."""
-    _ = pattern.encoded
+def prepared(pattern: Pattern) -> Pattern:
+    """The pattern, which keeps what attention asks of it: `torch.compile` need not look inside."""
+    _ = pattern.encoded, pattern.is_causal, pattern.shows_past, pattern.shows_future
     return pattern
