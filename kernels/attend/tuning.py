@@ -1,9 +1,10 @@
 """Which tiles, warps and pipeline stages a kernel runs with, by card, head size, dtype, direction.
 
-`configs.json` holds what was tuned on the cards named there. On any other card the first call
-tunes: it times a few candidates, having checked the result and the gradients of each against the
-reference on that very card (compilers do miscompile), and keeps the choice in ``$STRIDER_CACHE``
-(default ``~/.cache/strider``). `python -m bench.verify` checks every candidate.
+`configs.json` holds what was tuned on the cards named there; `SAME_CHIP` names cards with the chip
+of one of them. On any other card the first call tunes: it times a few candidates, having checked
+the result and the gradients of each against the reference on that very card (compilers do
+miscompile), and keeps the choice in ``$STRIDER_CACHE`` (default ``~/.cache/strider``).
+`python -m bench.verify` checks every candidate.
 """
 
 import contextlib
@@ -28,6 +29,7 @@ ROWS = ("short", "long")  # few tiles a row, as in a window, or many, as in dens
 LONG = 2048  # tokens that a row of a long list visits on average
 HEAD_SIZES = (16, 32, 64, 128, 256)  # a head is padded to the next of these
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+SAME_CHIP = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}  # their memories differ
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,8 @@ def forced_now() -> tuple:
 @functools.cache
 def shipped() -> dict:
     """card -> dtype -> padded head size -> rows -> direction -> [queries, keys, warps, stages]."""
-    return json.loads((Path(__file__).parent / "configs.json").read_text())
+    known = json.loads((Path(__file__).parent / "configs.json").read_text())
+    return known | {card: known[same] for card, same in SAME_CHIP.items()}
 
 
 @functools.cache
