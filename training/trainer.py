@@ -160,5 +160,6 @@ def _silence_lightning() -> None:
         ".*modules? in eval mode at the start of training",
         ".*FLOPs not found",  # an unknown card: `mfu` is left out
         ".*LeafSpec",  # a deprecation inside Lightning
+        ".*AccumulateGrad node's stream does not match",  # Lightning wraps for DDP on a side stream
     ):
         warnings.filterwarnings("ignore", message=message)
