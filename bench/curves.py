@@ -40,8 +40,15 @@ def draw(folders: list[Path], output: Path) -> None:
     figure.savefig(output, dpi=120)
 
 
-def draw_groups(groups: dict[str, list[Path]], output: Path, columns: int = 3) -> None:
+def has_curve(folder: Path) -> bool:
+    """Whether a run came so far that its speed was logged."""
+    metrics = folder / "metrics.jsonl"
+    return metrics.exists() and "tokens_per_second" in metrics.read_text()
+
+
+def draw_groups(groups: dict[str, list[Path]], output: Path) -> None:
     """A panel over minutes for each group of runs, with one line a run."""
+    columns = min(3, len(groups))
     rows = math.ceil(len(groups) / columns)
     figure = Figure(figsize=(4 * columns, 2.8 * rows), layout="constrained")
     for n, (title, folders) in enumerate(groups.items(), start=1):

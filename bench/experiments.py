@@ -23,7 +23,7 @@ import torch
 from hydra import compose, initialize
 from omegaconf import DictConfig
 
-from bench.curves import draw_groups
+from bench.curves import draw_groups, has_curve
 
 COLUMNS = (
     "experiment", "attention", "parameters", "steps", "tokens/s", "TF/s", "MFU", "peak GiB",
@@ -47,11 +47,12 @@ def main() -> int:
     table = "\n".join("| " + " | ".join(line) + " |" for line in lines)
     print(table)
     (options.out / "experiments.md").write_text(table + "\n")
-    runs = {
+    pairs = {
         name: [_folder(name, dense, options) for dense in (False, True)] for name in options.names
     }
-    trained = {n: [f for f in pair if (f / "metrics.jsonl").exists()] for n, pair in runs.items()}
-    draw_groups({n: pair for n, pair in trained.items() if pair}, options.out / "experiments.png")
+    trained = {name: [f for f in pair if has_curve(f)] for name, pair in pairs.items()}
+    if groups := {name: folders for name, folders in trained.items() if folders}:
+        draw_groups(groups, options.out / "experiments.png")
     return 0
 
 
@@ -78,7 +79,8 @@ def overrides(name: str, dense: bool, options) -> list[str]:
     """Of conf/train.yaml, for a short run of an experiment or of its dense twin."""
     more = options.overrides
     config = _composed([f"experiment={name}", *more])
-    tokens = config.data.micro_tokens or config.data.batch_tokens
+    sizes = {**config.data, **(config.phases[-1] if config.phases else {})}
+    tokens = min(sizes["micro_tokens"] or sizes["batch_tokens"], sizes["batch_tokens"])
     short = [
         "phases=null", "trainer.max_steps=null", f"trainer.max_minutes={options.minutes}",
         "trainer.validate_every=null", "trainer.log_every=10", "schedule.warmup_steps=200",
@@ -86,10 +88,8 @@ def overrides(name: str, dense: bool, options) -> list[str]:
         "callbacks.images=null",
     ]  # fmt: skip
     if config.phases:
-        phase = config.phases[-1]
-        tokens = phase.micro_tokens
-        windows = list(phase.windows)
-        short += [f"data.length={phase.length}", f"model.attention.longformer.window={windows}"]
+        windows = list(sizes["windows"])
+        short += [f"data.length={sizes['length']}", f"model.attention.longformer.window={windows}"]
     short += [f"data.batch_tokens={tokens}", f"data.micro_tokens={tokens}"]
     found = [f"experiment={name}", *short, *more]
     if not dense:

@@ -32,7 +32,8 @@ def generate(
 
     Args:
         model: a causal model with ``vocab_size`` (the start id, put before the prompt), ``cache``
-            and ``next_logits``, see `models.transformer.Transformer`.
+            and ``next_logits``, see `models.transformer.Transformer`; a pass of one token must not
+            wait for the GPU.
         prompt: token ids ``(B, P)``; P may be 0.
         tokens: how many to sample.
         context: tokens that the model looks back at, at most.

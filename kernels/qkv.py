@@ -137,9 +137,9 @@ def _keep(ctx, inputs, output):
 
 
 def _gradients(ctx, dq, dk, dv):
-    q_gain = ctx.saved_tensors[1]
-    rest = (*ctx.saved_tensors, *ctx.sizes)
-    dqkv, dgains = torch.ops.strider.split_heads_backward(dq, dk, dv, *rest)
+    tensors = ctx.saved_tensors  # asked for once: recomputation allows no more
+    dqkv, dgains = torch.ops.strider.split_heads_backward(dq, dk, dv, *tensors, *ctx.sizes)
+    q_gain = tensors[1]
     dgains = (None, None) if q_gain is None else dgains.to(q_gain.dtype).unbind()
     return dqkv, *dgains, None, None, None, None
 

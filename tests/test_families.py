@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from hydra.utils import instantiate
 from torch import nn
 
+import kernels.attend
+import kernels.qkv
+import kernels.swiglu
 from kernels.patterns import causal, fixed, per_head, strided, summary, window
 from models.attention import Context
 from models.attention.bigbird import BigBirdAttention
@@ -170,10 +173,18 @@ def test_dropout_leaves_attention_probabilities_alone():
     assert torch.equal(attention(x, CONTEXT), attention(x, CONTEXT))
 
 
-def test_recomputing_changes_no_gradient_even_with_dropout():
-    models = [transformer(BigBirdAttention, dropout=0.3, recompute=r) for r in (False, True)]
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_recomputing_changes_no_gradient_even_with_dropout(
+    implementation, monkeypatch, kernel_device
+):
+    for module in (kernels.attend, kernels.qkv, kernels.swiglu):
+        monkeypatch.setattr(module, "choose", lambda *_: implementation)
+    models = [
+        transformer(BigBirdAttention, dropout=0.3, recompute=r).to(kernel_device)
+        for r in (False, True)
+    ]
     models[1].load_state_dict(randomised(models[0]).state_dict())
-    tokens, results = torch.randint(16, (2, 65)), []
+    tokens, results = torch.randint(16, (2, 65), device=kernel_device), []
     for model in models:
         torch.manual_seed(7)
         nats, _ = model.loss(tokens[:, :-1], tokens[:, 1:])

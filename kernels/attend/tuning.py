@@ -117,7 +117,7 @@ def forced_now() -> tuple:
 def shipped() -> dict:
     """card -> dtype -> padded head size -> rows -> direction -> [queries, keys, warps, stages]."""
     known = json.loads((Path(__file__).parent / "configs.json").read_text())
-    return known | {card: known[same] for card, same in SAME_CHIP.items()}
+    return {card: known[same] for card, same in SAME_CHIP.items()} | known
 
 
 @functools.cache
