@@ -151,7 +151,10 @@ def graphs(monkeypatch) -> list:
     compile_in_place = torch.nn.Module.compile
     monkeypatch.setattr(torch.nn.Module, "compile", partialmethod(compile_in_place, backend=keep))
     torch._dynamo.reset()
-    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+    with torch._dynamo.config.patch(  # torch's own, whatever an earlier test has compiled
+        recompile_limit=8, accumulated_recompile_limit=256, allow_unspec_int_on_nn_module=False,
+        fail_on_recompile_limit_hit=True,
+    ):  # fmt: skip
         yield found
 
 

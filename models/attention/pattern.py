@@ -68,6 +68,6 @@ class PatternAttention(nn.Module):
 
 
 def prepared(pattern: Pattern) -> Pattern:
-    """The pattern, which keeps what attention asks of it: `torch.compile` need not look inside."""
+    """The pattern, which keeps what attention asks of it: its parts are not asked again."""
     _ = pattern.encoded, pattern.is_causal, pattern.shows_past, pattern.shows_future
     return pattern

@@ -4,7 +4,9 @@ import lightning as L
 import torch
 from torch import nn
 
-KINDS = 4  # of graphs of a layer: training and validation, of the first length and of all lengths
+# Graphs of a layer: in training and validation, of the first length and of all lengths, with the
+# first window, any other, or one that hides nothing.
+KINDS = 2 * 2 * 3
 SPARE = 8  # graphs beside those
 
 
@@ -18,10 +20,9 @@ class Compilation(L.Callback):
 def compile_model(model: nn.Module) -> None:
     """Compile every block and the head in place: no parameter is renamed.
 
-    One graph serves all layers that are alike, whatever their random blocks, and few serve all
-    windows: one the first, one the others, one those that hide nothing. Where many layers are not
-    alike, torch would run those past its limits of recompilations (8, and 256 in all) uncompiled,
-    with a warning.
+    One graph serves all layers that are alike, whatever their random blocks, and three serve all
+    windows. Where many layers are not alike, torch would run those past its limits of
+    recompilations (8, and 256 in all) uncompiled, with a warning.
     """
     config, needed = torch._dynamo.config, KINDS * len(model.blocks) + SPARE
     config.recompile_limit = max(config.recompile_limit, needed)
