@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from omegaconf import DictConfig
 
-from data.corpus import Split
+from data.corpora import Split
 from data.module import TOKENIZER, SequenceData
 from evaluation.generation import generate
 from evaluation.images import complete, draw
@@ -20,9 +20,9 @@ from evaluation.likelihood import Likelihood
 from evaluation.masked import score_masked
 from evaluation.positions import draw_positions
 from evaluation.report import results, score, table
-from training.checkpoint import model_weights, read_checkpoint, rebuild
-from training.config_checks import check_arguments
-from training.errors import UserErrors
+from training.config.messages import UserErrors
+from training.config.validate import check_arguments
+from training.run.checkpoint import model_weights, read_checkpoint, rebuild
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")

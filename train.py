@@ -8,12 +8,12 @@ import lightning as L
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from training import run_folder
 from training.callbacks.interruption import Interruption
-from training.config_checks import CONF, check_groups, check_types
-from training.console import show_log
-from training.errors import UserErrors
+from training.config.messages import UserErrors
+from training.config.validate import CONF, check_groups, check_types
 from training.phases import check_model, read_phases
+from training.run import folder
+from training.run.console import show_log
 
 log = logging.getLogger("strider")
 
@@ -29,7 +29,7 @@ def main(config: DictConfig) -> float:
         check_groups(config)
         phases = read_phases(config)
         check_types(config)
-        checkpoint = run_folder.choose_checkpoint(config)
+        checkpoint = folder.choose_checkpoint(config)
         L.seed_everything(config.seed, verbose=False)
         data = instantiate(config.data, phases=[phase.batching for phase in phases])
         task = instantiate(config.task)
@@ -44,7 +44,7 @@ def main(config: DictConfig) -> float:
         data.accumulation(trainer.world_size)  # refuses what the devices cannot share
         data.prepare_data()
         # Only now, when all that was asked for is found possible, is anything written.
-        run_folder.open_folder(config, checkpoint)
+        folder.open_folder(config, checkpoint)
         if trainer.is_global_zero:
             data.keep_tokenizer(config.paths.output)
         trainer.loggers = instantiate(config.logger)

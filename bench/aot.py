@@ -25,8 +25,8 @@ import triton
 
 from bench.compiling import SHARED_LIMIT, Compiled, compiled_for
 from bench.shipped import shipped_for
-from kernels.attend import fused, tuning
-from kernels.attend.plan import Pass
+from kernels.attend import launch, tuning
+from kernels.attend.passes import Pass
 from kernels.attend.tuning import DIRECTIONS, DTYPES, HEAD_SIZES, Config, candidates
 from kernels.patterns import parse
 
@@ -141,11 +141,11 @@ def compile_variant(variant: Variant) -> list[Compiled] | str:
     torch.set_num_threads(1)
     safe = {d: candidates(d, variant.head_size, variant.dtype)[0] for d in DIRECTIONS}
     configs = safe | {variant.direction: variant.config}
-    passes = _one_pass if variant.one_pass else fused.chains
+    passes = _one_pass if variant.one_pass else launch.chains
     try:
         with (
             compiled_for(variant.capability, variant.copies) as kernels,
-            mock.patch.object(fused, "chains", passes),
+            mock.patch.object(launch, "chains", passes),
             tuning.forced(**configs),
         ):
             _call(variant)
@@ -165,12 +165,12 @@ def _call(variant: Variant) -> None:
     if variant.turned:
         q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
     documents = torch.zeros(1, variant.length, dtype=torch.int32) if variant.documents else None
-    call = fused.Call(parse(variant.pattern), variant.head_size**-0.5, documents)
+    call = launch.Call(parse(variant.pattern), variant.head_size**-0.5, documents)
     if variant.direction == "forward":
-        fused.forward(q, k, v, call, variant.dtype)
+        launch.forward(q, k, v, call, variant.dtype)
     else:
         lse = torch.zeros(q.shape[:3])
-        fused.backward(dout, None, q, k, v, out, lse, call)
+        launch.backward(dout, None, q, k, v, out, lse, call)
 
 
 # ------------------------------------------------------------------------------ report

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.algebra import And, Full, Or, Pattern
 from kernels.patterns import parse
-from kernels.terms import Causal, Fixed, GlobalTokens, RandomBlocks, Strided, Window
+from kernels.patterns.algebra import And, Full, Or, Pattern
+from kernels.patterns.terms import Causal, Fixed, GlobalTokens, RandomBlocks, Strided, Window
 
 HEADS = 16
 TOKENS = 65_536  # batch times length, at every length

@@ -5,10 +5,11 @@ import torch
 from bench.patterns import HEADS, TOKENS, Case
 from bench.peers import block_mask
 from bench.timing import inputs, wall_milliseconds
-from kernels import random_plan, terms
-from kernels.algebra import Pattern
-from kernels.attend import fused, plan
+from kernels.attend import launch, passes, work
 from kernels.attend.tuning import DIRECTIONS
+from kernels.patterns import random_blocks as random_blocks_module
+from kernels.patterns import terms
+from kernels.patterns.algebra import Pattern
 
 
 def planning_times(case: Case, length: int, device: torch.device) -> dict:
@@ -17,10 +18,10 @@ def planning_times(case: Case, length: int, device: torch.device) -> dict:
     Ours plans all directions and heads (a random plan for each); a block mask serves all heads.
     """
     q, k, v, _ = inputs(length, HEADS, case.head_size, TOKENS, device)
-    call = fused.Call(case.pattern, case.head_size**-0.5)
+    call = launch.Call(case.pattern, case.head_size**-0.5)
 
     def ours() -> None:
-        launcher = fused._Launcher(q, k, v, call)
+        launcher = launch._Launcher(q, k, v, call)
         for chain in launcher.chains:
             for part in chain:
                 for direction in DIRECTIONS:
@@ -69,7 +70,7 @@ def _cost(run) -> tuple[float, float]:
 def _forget_plans() -> None:
     """Empty what is kept of patterns and lists; compiled kernels stay."""
     Pattern.bound.cache_clear()
-    for module in (fused, plan, terms, random_plan):
+    for module in (launch, passes, work, terms, random_blocks_module):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

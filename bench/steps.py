@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from bench.report import versions_line
-from data.byte_file import SAMPLE
+from data.corpora.byte_file import SAMPLE
 from kernels.patterns import causal, window
 from models.attention import Context
 from models.attention.pattern import PatternAttention

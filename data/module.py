@@ -16,11 +16,9 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from torch.utils.data import DataLoader
 
-from data.batching import Batching, require_multiple
-from data.corpus import Corpus, Split
-from data.masking import EVALUATION, TRAINING, MaskedWindows, Masking
-from data.vocabulary import Vocabulary
-from data.windows import (
+from data.batches.batching import Batching, require_multiple
+from data.batches.masking import EVALUATION, TRAINING, MaskedWindows, Masking
+from data.batches.windows import (
     DOCUMENTS,
     EvaluationWindows,
     Stream,
@@ -29,6 +27,8 @@ from data.windows import (
     spread,
     training_samples,
 )
+from data.corpora import Corpus, Split
+from data.prepare.vocabulary import Vocabulary
 
 TOKENIZER = "tokenizer.model"  # in the run's folder
 VALIDATION_TOKENS = 1 << 20  # where data.validation_tokens is null
@@ -36,9 +36,9 @@ VALIDATION_TOKENS_ON_CPU = 1 << 16
 
 
 class SequenceData(L.LightningDataModule):
-    """Windows of a corpus, ``(B, length + 1)`` int64: see `data.windows`.
+    """Windows of a corpus, ``(B, length + 1)`` int64: see `data.batches.windows`.
 
-    With masked tokens they are inputs and targets, ``(B, 2, length)``: see `data.masking`.
+    With masked tokens they are inputs and targets, ``(B, 2, length)``: see `data.batches.masking`.
 
     A training step sees the same ``batch_tokens`` tokens for any number of devices, workers and
     micro-batches, and training starts at the trainer's ``global_step``, so a resumed run continues

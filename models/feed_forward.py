@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.swiglu import swiglu
+from kernels.elementwise.swiglu import swiglu
 
 
 class SwiGLU(nn.Module):

@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kernels.patterns import Pattern
 from models.attention import Context
-from models.attention.cache import Cache
+from models.cache.key_value import Cache
 from models.embeddings import RasterPositions, rotary_tables
 from models.feed_forward import SwiGLU
 from models.heads import Head

@@ -7,7 +7,7 @@ import pytest
 from hydra.utils import get_object, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
-from tests.configs import CONF, composed
+from tests.support.configs import CONF, composed
 
 GROUPS = sorted(path.name for path in CONF.iterdir() if path.is_dir() and path.name != "hydra")
 CHOICES = [

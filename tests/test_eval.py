@@ -8,8 +8,8 @@ import torch
 import yaml
 
 from eval import main
-from tests.commands import WHOLE, place, run, train
-from tests.configs import composed
+from tests.support.commands import WHOLE, place, run, train
+from tests.support.configs import composed
 
 
 @pytest.fixture(scope="module")

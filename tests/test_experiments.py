@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from bench.experiments import overrides
-from tests.configs import CONF, composed
+from tests.support.configs import CONF, composed
 
 PAPERS = ("sparse_transformer", "longformer", "bigbird")
 NAMES = [p.stem for p in sorted((CONF / "experiment").glob("*.yaml")) if p.stem.startswith(PAPERS)]

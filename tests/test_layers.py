@@ -65,7 +65,7 @@ def test_loggers_that_need_an_account_or_a_package_are_imported_only_when_chosen
     import subprocess
     import sys
 
-    code = f"import train, eval, training.loggers, sys; assert {library!r} not in sys.modules"
+    code = f"import train, eval, training.run.loggers, sys; assert {library!r} not in sys.modules"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

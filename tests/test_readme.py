@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize
 
-from tests.commands import ROOT, TINY, run
+from tests.support.commands import ROOT, TINY, run
 
 TEXT = (ROOT / "README.md").read_text()
 COMMANDS = [

@@ -10,11 +10,11 @@ import time
 import pytest
 import yaml
 
-from tests.commands import ROOT, TINY, command, curve, environment, place, run, train
-from tests.configs import composed
+from tests.support.commands import ROOT, TINY, command, curve, environment, place, run, train
+from tests.support.configs import composed
 from train import main, without_null
-from training.checkpoint import read_checkpoint
-from training.config_checks import GROUPS
+from training.config.validate import GROUPS
+from training.run.checkpoint import read_checkpoint
 
 HARD = [  # everything that could make a resumed run another run
     "trainer.max_steps=12", "data.micro_tokens=256", "data.workers=2", "model.dropout=0.2",
@@ -168,7 +168,10 @@ def test_help_is_readable():
         (["data=bytes", "data.path=3"], ["3 is not a file; correct data.path"]),
         (["data=enwik8", "data.path=data/samples/enwik8-prefix.xz"], ["data=bytes", "4,154,399"]),
         (["data=pg19_sample", "data.tokenizer=null"], ["data.tokenizer", "bytes", "got null"]),
-        (["objective=masked_token", "data.masking=null"], ["refers to ${data.masking.share}"]),
+        (
+            ["objective=masked_token", "data.masking=null"],
+            ["refers to ${data.masking.share}"],
+        ),
         (["resume=/no/such.ckpt"], ["/no/such.ckpt"]),
         (["trainer.max_steps=1e3"], ["trainer.max_steps", "whole number", "1000.0"]),
         (["model.attention.bigbird.block=two"], ["bigbird.block", "whole number", "'two'"]),
@@ -180,7 +183,10 @@ def test_help_is_readable():
         (["model.layout=bigbird"], ["model.layout", "a list of names", "'bigbird'"]),
         (["optimizer.adamw_betas=[0.9]"], ["adamw_betas", "a list of 2 numbers", "[0.9]"]),
         (["optimizer.lr=abc"], ["error: optimizer.lr must be a number"]),
-        (["optimizer._target_=training.optimizers.mu"], ["optimizer._target_", "optimizers.mu'"]),
+        (
+            ["optimizer._target_=training.optim.optimizers.mu"],
+            ["optimizer._target_", "optimizers.mu'"],
+        ),
         (["optimizer._target_=null"], ["optimizer._target_", "got null"]),
         (["callbacks.samples.top_p=2"], ["top_p=2"]),
         (["callbacks.samples=3"], ["callbacks", "null", "got 3"]),

@@ -11,8 +11,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from training.config_checks import check_arguments
-from training.progress import Budget, count_batches_from_steps, recount_batches
+from training.config.validate import check_arguments
+from training.run.progress import Budget, count_batches_from_steps, recount_batches
 
 log = logging.getLogger("strider")
 

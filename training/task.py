@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from evaluation.measures import MEASURES, word_perplexity
 from training.objectives import MaskedToken, NextToken, check_attention
 from training.phases import Phases
-from training.progress import Budget
+from training.run.progress import Budget
 
 MAX_SKIPPED_IN_A_ROW = 10
 

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from training.callbacks.compilation import Compilation
 from training.callbacks.validation import Validation
-from training.checkpoint import AtomicCheckpointIO
 from training.phases import Phase, Phases
-from training.progress import Budget
+from training.run.checkpoint import AtomicCheckpointIO
+from training.run.progress import Budget
 
 log = logging.getLogger("strider")
 

@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import dense, operator, reference
-from kernels.dispatch import Implementation, choose
+from kernels.attend import operator, reference, sdpa
+from kernels.common.dispatch import Implementation, choose
 from kernels.patterns import Pattern
-from kernels.tiles import TileList
+from kernels.patterns.tiles import TileList
 
 __all__ = ["Implementation", "attend", "merge"]
 
@@ -75,9 +75,9 @@ def attend(
         raise ValueError(f"scale must be positive, got {scale}; change the sign of q instead.")
     out_dtype = out_dtype or q.dtype
     if implementation == "auto" and documents is None and tiles is None:
-        same = dense.equal_pattern(pattern, q.shape[2])
-        if same is not None and dense.can_run(q, k, v, out_dtype):
-            return dense.attend(q, k, v, same, scale)
+        same = sdpa.equal_pattern(pattern, q.shape[2])
+        if same is not None and sdpa.can_run(q, k, v, out_dtype):
+            return sdpa.attend(q, k, v, same, scale)
     if choose(implementation, q.device, q.dtype) == "fused":
         _check_kernel_takes(q, v, tiles)
         return operator.attend(

@@ -8,7 +8,7 @@ arXiv:2307.08691, with the gradient through lse added).
 import triton
 import triton.language as tl
 
-from kernels.primitives import (
+from kernels.common.primitives import (
     LOG2_E,
     document_range,
     entries_of_documents,

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kernels.primitives import (
+from kernels.common.primitives import (
     LOG2_E,
     document_range,
     entries_of_documents,

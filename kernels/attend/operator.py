@@ -9,9 +9,9 @@ import functools
 import torch
 from torch import library
 
-from kernels.attend import fused
+from kernels.attend import launch
 from kernels.patterns import Pattern, parse
-from kernels.tiles import TileList
+from kernels.patterns.tiles import TileList
 
 # The arguments behind q, k and v that both directions share.
 _REST = (
@@ -40,7 +40,7 @@ def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full
         tiles = TileList(offsets, keys, full, tuple(sizes[:2]), tuple(sizes[2:]))
     documents = documents if documents is None else documents.contiguous()
     pattern = _decoded(pattern.numpy().tobytes())
-    return fused.Call(pattern, scale, documents, q_position, k_position, tiles)
+    return launch.Call(pattern, scale, documents, q_position, k_position, tiles)
 
 
 @library.custom_op(
@@ -48,12 +48,12 @@ def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full
     schema=f"(Tensor q, Tensor k, Tensor v, {_REST}, ScalarType out_dtype) -> (Tensor, Tensor)",
 )  # fmt: skip
 def _forward(q, k, v, *rest):
-    return fused.forward(q, k, v, _call(*rest[:-1]), rest[-1])
+    return launch.forward(q, k, v, _call(*rest[:-1]), rest[-1])
 
 
 @_forward.register_fake
 def _(q, k, v, *rest):
-    out = fused.empty_output(q, v, rest[-1])
+    out = launch.empty_output(q, v, rest[-1])
     return out, q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -64,12 +64,12 @@ def _(q, k, v, *rest):
 )  # fmt: skip
 def _backward(dout, dlse, q, k, v, out, lse, *rest):
     dlse = dlse if dlse is None else dlse.contiguous()
-    return fused.backward(dout, dlse, q, k, v, out, lse, _call(*rest))
+    return launch.backward(dout, dlse, q, k, v, out, lse, _call(*rest))
 
 
 @_backward.register_fake
 def _(dout, dlse, q, k, v, out, lse, *rest):
-    return tuple(map(fused.empty_gradient, (q, k, v)))
+    return tuple(map(launch.empty_gradient, (q, k, v)))
 
 
 def _keep(ctx, inputs, output):

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.patterns import Pattern
-from kernels.tiles import TileList
+from kernels.patterns.tiles import TileList
 
 CHUNK = {
     "cpu": 64,

@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 import triton
 
-from kernels.interpreter import INTERPRETED
+from kernels.common.interpreter import INTERPRETED
 
 log = logging.getLogger(__name__)
 

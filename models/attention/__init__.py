@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.attention.cache import KeyValueCache
+from models.cache.key_value import KeyValueCache
 
 
 @dataclass(frozen=True)

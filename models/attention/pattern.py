@@ -5,8 +5,8 @@ from torch import Tensor, nn
 from kernels.attend import attend
 from kernels.patterns import Pattern, parse
 from models.attention import Context
-from models.attention.cache import KeyValueCache
 from models.attention.projections import MakeProjections, Projections
+from models.cache.key_value import KeyValueCache
 
 
 class PatternAttention(nn.Module):

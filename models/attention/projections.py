@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels.qkv import split_heads
+from kernels.elementwise.qkv import split_heads
 from models.attention import Context
 
 

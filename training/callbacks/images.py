@@ -13,8 +13,8 @@ from torch import nn
 
 from evaluation.generation import check_sampling
 from evaluation.images import check_share, complete, draw
-from training.loggers import log_picture
-from training.progress import Budget
+from training.run.loggers import log_picture
+from training.run.progress import Budget
 
 NUMBER = 4  # of images where none is configured; on a CPU that would take minutes
 

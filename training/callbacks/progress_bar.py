@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from training.progress import Budget
+from training.run.progress import Budget
 
 log = logging.getLogger("strider")
 

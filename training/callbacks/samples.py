@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from evaluation.gallery import draw_patterns
 from evaluation.generation import check_sampling, generate
-from training.loggers import log_picture
+from training.run.loggers import log_picture
 
 
 class Samples(L.Callback):

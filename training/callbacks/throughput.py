@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from training.phases import Phases
-from training.progress import Budget
+from training.run.progress import Budget
 
 # Dense bf16 products a second, without structured sparsity, from NVIDIA's data sheets. (Lightning's
 # table has the sparse rate for the H200 and does not know its plain name.)

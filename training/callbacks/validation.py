@@ -3,7 +3,7 @@
 import lightning as L
 
 from training.phases import Phases
-from training.progress import Budget
+from training.run.progress import Budget
 
 
 class Validation(L.Callback):

@@ -1,0 +1,1 @@
+"""From a download or an archive to tokens in mapped memory."""

@@ -1,0 +1,72 @@
+"""Where a pattern hides nothing, or only the future: torch's own kernel, which is faster there."""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from kernels.patterns import causal, full
+from kernels.patterns.algebra import Pattern
+
+LARGEST_HEAD = 128  # of cuDNN's kernels
+
+
+def equal_pattern(pattern: Pattern, length: int) -> Pattern | None:
+    """``causal()`` or ``full()`` if the pattern surely equals it over ``length`` tokens."""
+    if length > pattern.shows_past:
+        return None
+    if pattern.is_causal:
+        return causal()
+    return full() if length <= pattern.shows_future else None
+
+
+def can_run(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> bool:
+    """Whether torch's kernels take these inputs as they are."""
+    size = q.shape[3]
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and out_dtype == q.dtype
+        and q.shape == k.shape == v.shape
+        and size % 8 == 0
+        and size <= LARGEST_HEAD
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float):
+    """``(out, lse)``, both differentiable: torch's kernels give no gradient of the lse."""
+    is_causal = pattern == causal()
+    if _has_cudnn(q.device):
+        found = torch.ops.aten._scaled_dot_product_cudnn_attention(
+            q, k, v, None, True, 0.0, is_causal, False, scale=scale
+        )
+    else:
+        found = torch.ops.aten._scaled_dot_product_flash_attention(
+            q, k, v, 0.0, is_causal, False, scale=scale
+        )
+    out, lse = found[0], found[1].detach().reshape(q.shape[:3])
+    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, pattern.encoded, scale)
+
+
+class _LogSumExp(torch.autograd.Function):
+    """The lse as it is, and its gradient by the fused kernels, if anything asks for it."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, out, lse, encoded: Tensor, scale: float):
+        ctx.save_for_backward(q, k, v, out, lse, encoded)
+        ctx.scale = scale
+        return lse.view_as(lse)
+
+    @staticmethod
+    def backward(ctx, dlse):
+        q, k, v, out, lse, encoded = ctx.saved_tensors
+        nothing = torch.zeros_like(out)
+        rest = (encoded, ctx.scale, None, None, None, None, None, None, [])
+        grads = torch.ops.strider.attend_backward(nothing, dlse, q, k, v, out, lse, *rest)
+        return (*grads, None, None, None, None)
+
+
+@functools.cache
+def _has_cudnn(device: torch.device) -> bool:
+    """Hopper and later, where cuDNN is the fastest."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)

@@ -1,0 +1,1 @@
+"""What operations share: Triton helpers, the choice of an implementation, the interpreter."""

@@ -1,0 +1,263 @@
+"""Training in phases: the table is followed, and a resume is exact in and between phases."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+from hydra.utils import instantiate
+
+from eval import evaluate
+from tests.support.commands import curve, train
+from tests.support.configs import SMALL, composed
+from tests.support.phased import PHASES, Windowed, run
+from tests.support.tiny import LENGTH, TinyModel
+from training.callbacks.progress_bar import ProgressBar
+from training.callbacks.throughput import Throughput
+from training.phases import Phase, check_model, read_phases
+from training.run.checkpoint import read_checkpoint
+
+ROOT = Path(__file__).parents[2]
+BOUNDARIES = [3, 7]
+
+
+class Watch(L.Callback):
+    """What each step was made of: rows and tokens of its passes, and the model's windows."""
+
+    def __init__(self):
+        self.steps, self.validated = {}, {}
+
+    def on_train_batch_start(self, trainer, task, batch, index):
+        seen = trainer.global_step, tuple(task.model.windows)
+        self.steps.setdefault(seen, []).append(tuple(batch[:, 1:].shape))
+
+    def on_validation_batch_start(self, trainer, task, batch, index, dataloader_idx=0):
+        self.validated[trainer.global_step] = batch.shape[1] - 1
+
+
+class Crash(L.Callback):
+    """Ends a run as a power cut would, in the last pass of a step."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_start(self, trainer, task, batch, index):
+        done = (index + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.global_step == self.step and done:
+            raise ConnectionAbortedError
+
+
+def last(folder):
+    return read_checkpoint(folder / "checkpoints" / "last.ckpt")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    folder, watch = tmp_path_factory.mktemp("phases") / "whole", Watch()
+    return folder, run(folder, watch), watch
+
+
+def test_each_step_has_the_length_the_batch_and_the_windows_of_its_phase(whole):
+    _, _, watch = whole
+    expected = {(step, (1, 2)): [(8, LENGTH)] for step in range(3)}
+    expected |= {(step, (2, 4)): [(2, 2 * LENGTH)] * 4 for step in range(3, 7)}
+    expected |= {(step, (4, 8)): [(2, 4 * LENGTH)] * 2 for step in range(7, 10)}
+    assert watch.steps == expected
+
+
+def test_the_rate_scales_and_warms_up_anew_in_each_phase(whole):
+    _, recorder, _ = whole
+    rates = list(recorder.curve("train/learning_rate").values())
+    shares = [[0.1, 2 / 3, 1.0], [0.1, 0.5, 1.0, 1.0], [0.1, 2 / 3, 1.0]]
+    expected = [
+        phase.lr * share
+        for phase, in_phase in zip(PHASES, shares, strict=True)
+        for share in in_phase
+    ]
+    assert rates == pytest.approx(expected)
+
+
+def test_each_phase_ends_with_a_validation_at_its_length(whole):
+    _, recorder, watch = whole
+    assert list(recorder.curve("val/bits_per_byte")) == [0, 3, 7, 10]
+    assert watch.validated == {0: LENGTH, 3: LENGTH, 7: 2 * LENGTH, 10: 4 * LENGTH}
+
+
+def test_the_phase_is_logged_with_each_step(whole):
+    _, recorder, _ = whole
+    assert list(recorder.curve("phase").values()) == [1] * 3 + [2] * 4 + [3] * 3
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("step", [*BOUNDARIES, 5])
+def test_a_crashed_run_continues_exactly_in_a_phase_and_at_its_end(tmp_path, whole, step, workers):
+    folder, expected, watched = whole
+    parts, watch = tmp_path / "parts", Watch()
+    with pytest.raises(ConnectionAbortedError):
+        run(parts, Crash(step), workers=workers)
+    assert last(parts)["global_step"] == step
+    resume = parts / "checkpoints" / "last.ckpt"
+    actual = run(parts, watch, workers=workers, resume=resume)
+    assert actual.metrics == {n: row for n, row in expected.metrics.items() if n > step}
+    for key in ("state_dict", "optimizer_states"):
+        torch.testing.assert_close(last(parts)[key], last(folder)[key], rtol=0, atol=0)
+    rest = {place: passes for place, passes in watched.steps.items() if place[0] >= step}
+    assert watch.steps == rest
+
+
+class Stop(L.Callback):
+    """Stops a run after a step, as a signal does."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_train_batch_end(self, trainer, task, outputs, batch, index):
+        trainer.should_stop |= trainer.global_step == self.step
+
+
+@pytest.mark.parametrize("step", BOUNDARIES)
+def test_a_run_stopped_at_the_end_of_a_phase_continues_with_the_next(tmp_path, whole, step):
+    _, expected, _ = whole
+    run(tmp_path / "parts", Stop(step))
+    saved = tmp_path / "parts/checkpoints/last.ckpt"
+    phase = PHASES[BOUNDARIES.index(step)]
+    assert last(tmp_path / "parts")["phase"] == {"length": phase.length, "windows": phase.windows}
+    rest = run(tmp_path / "parts", resume=saved)
+    assert rest.metrics == {n: row for n, row in expected.metrics.items() if n > step}
+
+
+def test_two_processes_give_the_curve_of_one(tmp_path):
+    one = run(tmp_path / "one", dropout=0.0)
+    subprocess.run(
+        [sys.executable, str(ROOT / "tests/phased.py"), str(tmp_path)],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=300,
+        check=True,
+    )
+    two = {int(n): row for n, row in json.loads((tmp_path / "metrics.json").read_text()).items()}
+    for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte", "phase"):
+        curve_of_two = {step: row[key] for step, row in two.items() if key in row}
+        assert curve_of_two == pytest.approx(one.curve(key), abs=1e-5), key
+
+
+def test_a_phase_begins_with_a_line_and_counts_its_own_operations(tmp_path, caplog):
+    with caplog.at_level(logging.INFO, "strider"):
+        recorder = run(tmp_path / "run", Throughput(), ProgressBar(), log_every=2)
+    lines = [record.getMessage() for record in caplog.records]
+    assert (
+        "phase 2 of 3: 4 steps after step 3, windows of 16 tokens, 128 tokens a step, learning "
+        "rate 0.005, attention windows [2, 4]"
+    ) in lines
+    assert sum(line.startswith("phase ") for line in lines) == 3
+    assert any(" · phase 2 · " in line for line in lines)
+    operations = {2: LENGTH * 3, 6: 2 * LENGTH * 6, 10: 4 * LENGTH * 12}
+    for step, flops in operations.items():
+        row = recorder.metrics[step]
+        counted = row["model_tflops_per_second"] * 1e12 / row["tokens_per_second"]
+        assert counted == pytest.approx(flops, rel=1e-5)
+    row = recorder.metrics[4]  # one step of 64 tokens in the first phase, one of 128 in the second
+    counted = row["model_tflops_per_second"] * 1e12 / row["tokens_per_second"]
+    assert counted == pytest.approx((64 * operations[2] + 128 * operations[6]) / 192, rel=1e-5)
+
+
+def read(phases, *overrides):
+    config = composed("data.length=64", "data.batch_tokens=512", f"phases={phases}", *overrides)
+    return read_phases(config), config
+
+
+def test_a_key_that_is_left_out_is_as_in_the_run():
+    phases, config = read(
+        "[{steps: 5}, {steps: 2, length: 128, lr: 0.005, micro_tokens: 256}]", "optimizer.lr=0.02"
+    )
+    assert phases == [
+        Phase("phases[0]", 0, 5, 64, 512, None, 0.02, 1.0, None),
+        Phase("phases[1]", 5, 2, 128, 512, 256, 0.005, 0.25, None),
+    ]
+    assert config.trainer.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("override", "steps"),
+    [
+        ("trainer.max_steps=auto", 10_000),
+        ("trainer.max_steps=5", 5),
+        ("trainer.max_steps=null", None),
+    ],
+)
+def test_without_phases_the_run_is_one(override, steps):
+    (phase,), config = read("null", override)
+    assert phase == Phase("data", 0, None, 64, 512, None, None, 1.0, None)
+    assert config.trainer.max_steps == steps
+
+
+@pytest.mark.parametrize("limit", ["null", "7", "auto"])
+def test_the_phases_say_how_long_the_run_is(limit):
+    _, config = read("[{steps: 5}, {steps: 2}]", f"trainer.max_steps={limit}")
+    assert config.trainer.max_steps == 7
+
+
+@pytest.mark.parametrize(
+    ("phases", "overrides", "message"),
+    [
+        ("[]", [], r"phases must be null or a list .*, got \[\]"),
+        ("{steps: 3}", [], "phases must be null or a list"),
+        ("5", [], "phases must be null or a list .*, got 5"),
+        ("[3]", [], r"phases\[0\] must be a mapping .*, got 3"),
+        ("[{length: 64}]", [], r"phases\[0\] does not say how long it is"),
+        ("[{steps: 3}, {steps: 2, size: 64}]", [], r"phases\[1\] has no key `size`; its keys are"),
+        ("[{steps: -3}]", [], r"phases\[0\].steps must be positive, got -3"),
+        ("[{steps: 1.5}]", [], r"phases\[0\].steps must be a whole number"),
+        (
+            "[{steps: 3, length: long}]",
+            [],
+            r"phases\[0\].length must be a whole number, got 'long'",
+        ),
+        ("[{steps: 3, lr: 0}]", [], r"phases\[0\].lr must be positive, got 0"),
+        ("[{steps: 3, lr: null}]", [], r"phases\[0\].lr must be positive, got None"),
+        ("[{steps: 3, windows: 8}]", [], r"phases\[0\].windows must be a list .*, got 8"),
+        ("[{steps: 3, windows: [8]}, {steps: 3}]", [], "windows or none"),
+        ("[{steps: 3}]", ["trainer.max_steps=4"], "3 steps, got trainer.max_steps=4"),
+        ("[{steps: 3}]", ["trainer.max_minutes=5"], "trainer.max_minutes=5; set both to null"),
+        ("[{steps: 3}]", ["optimizer.lr=0"], "optimizer.lr must be positive, got 0"),
+    ],
+)
+def test_a_mistake_in_the_phases_is_one_sentence(phases, overrides, message):
+    with pytest.raises(ValueError, match=message):
+        read(phases, *overrides)
+
+
+def test_windows_need_a_model_that_takes_them():
+    with pytest.raises(ValueError, match="TinyModel has no `set_windows`"):
+        check_model(PHASES, TinyModel())
+
+
+def test_the_windows_of_every_phase_are_tried_before_training():
+    model = Windowed()
+    check_model(PHASES, model)
+    assert model.windows == [1, 2]
+    with pytest.raises(ValueError, match=r"phases\[2\]: .*got \[1, 2, 3\]"):
+        check_model([*PHASES, replace(PHASES[-1], windows=[1, 2, 3])], model)
+
+
+def test_a_phase_that_is_longer_than_the_learned_positions_is_refused():
+    config = composed(*SMALL, "model.matrix_shape=[8, 8]", "data=sample", "run_id=x")
+    with pytest.raises(ValueError, match=r"phases\[2\]: learned positions reach 64 tokens"):
+        check_model([replace(PHASES[-1], windows=None, length=65)], instantiate(config.model))
+
+
+def test_train_and_eval_follow_the_phases(tmp_path):
+    folder = tmp_path / "run"
+    phases = "phases=[{steps: 3}, {steps: 2, length: 128, micro_tokens: 256, lr: 0.01}]"
+    result = train(folder, phases, "schedule=constant")
+    assert "phase 2 of 2: 2 steps after step 3" in result.stdout
+    assert [step for step, row in curve(folder).items() if "val/bits_per_byte" in row] == [0, 3, 5]
+    checkpoint, cache = folder / "checkpoints/last.ckpt", tmp_path / "cache"
+    settings = [f"checkpoint={checkpoint}", "limit=500", f"paths.cache={cache}"]
+    evaluate(composed(*settings, name="eval"))
+    assert json.loads((folder / "evaluation.json").read_text())["context"] == 128

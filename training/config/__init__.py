@@ -1,0 +1,1 @@
+"""What a configuration cannot be, and how a mistake is told."""
