@@ -135,7 +135,7 @@ def test_a_run_stopped_at_the_end_of_a_phase_continues_with_the_next(tmp_path, w
 def test_two_processes_give_the_curve_of_one(tmp_path):
     one = run(tmp_path / "one", dropout=0.0)
     subprocess.run(
-        [sys.executable, str(ROOT / "tests/phased.py"), str(tmp_path)],
+        [sys.executable, str(ROOT / "tests/support/phased.py"), str(tmp_path)],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=300,
         check=True,

@@ -44,10 +44,10 @@ def poison(task, steps):
 
 
 def in_processes(output, devices, **settings):
-    """What rank 0 logs of a run of ``tests/tiny.py`` that was started as a user starts it."""
+    """What rank 0 logs of a run of ``tests/support/tiny.py`` that was started as a user starts it."""
     arguments = json.dumps({"devices": devices, "strategy": "ddp", **settings})
     run = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tiny.py"), str(output), arguments],
+        [sys.executable, str(ROOT / "tests/support/tiny.py"), str(output), arguments],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         stderr=subprocess.PIPE,
         text=True,
