@@ -22,6 +22,7 @@ from kernels.common.primitives import (
     token_of,
     work_item,
 )
+from kernels.patterns.rule import is_visible, read_numbers
 
 
 @kernel
@@ -33,7 +34,7 @@ def query_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr,
     K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -45,7 +46,7 @@ def query_kernel(
     """
     item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
     row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
-    numbers = READ(table + head * table_stride)
+    numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // group_size
 
     group = row // rows
@@ -105,7 +106,8 @@ def query_kernel(
             whole = whole & is_of_document(documents, j, keys, first_document)
         if whole == 0:
             j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
-            seen = SEEN(i_position[:, None], j_position[None, :], numbers) & (j < keys)[None, :]
+            seen = is_visible(i_position[:, None], j_position[None, :], numbers, RULE)
+            seen = seen & (j < keys)[None, :]
             if documents is not None:
                 j_document = tl.load(documents + j, mask=j < keys, other=-2)
                 seen = seen & (i_document[:, None] == j_document[None, :])
@@ -133,7 +135,7 @@ def key_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr,
     K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -176,7 +178,7 @@ def key_kernel(
                 entries, first_entry, last_entry, documents, first_document, last_document, queries,
                 BLOCK_I, group, 1, q_step, 0, Q_ORDER)  # fmt: skip
         head = tl.maximum(head, 0)
-        numbers = READ(table + head * table_stride)
+        numbers = read_numbers(table + head * table_stride, RULE)
         q_base = batch * q_stride[0] + head.to(tl.int64) * q_stride[1]
         dout_base = batch * dout_stride[0] + head.to(tl.int64) * dout_stride[1]
         row_base = (batch * heads + head) * queries
@@ -207,7 +209,7 @@ def key_kernel(
                 whole = whole & is_of_document(documents, i, queries, first_document)
             if whole == 0:
                 i_position = positions_of(q_position, q_position_stride, batch, head, i, queries)
-                seen = SEEN(i_position[None, :], j_position[:, None], numbers)
+                seen = is_visible(i_position[None, :], j_position[:, None], numbers, RULE)
                 if documents is not None:
                     i_document = tl.load(documents + i, mask=i < queries, other=-2)
                     seen = seen & (i_document[None, :] == j_document[:, None])

@@ -18,6 +18,7 @@ from kernels.common.primitives import (
     token_of,
     work_item,
 )
+from kernels.patterns.rule import is_visible, read_numbers
 
 
 @kernel
@@ -28,7 +29,7 @@ def forward_kernel(
     q_position_stride, k_position_stride, table_stride,
     scale, heads, launch_heads, work, slots, rows, queries, keys,
     q_step, k_run, k_step, k_first,
-    READ: tl.constexpr, SEEN: tl.constexpr, PER_HEAD: tl.constexpr,
+    RULE: tl.constexpr, PER_HEAD: tl.constexpr,
     K_ORDER: tl.constexpr, Q_ORDER: tl.constexpr,
     BLOCK_I: tl.constexpr, BLOCK_J: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr,
@@ -42,7 +43,7 @@ def forward_kernel(
     """
     item, head, batch = head_and_batch(tl.program_id(0), work, head_of, launch_heads)
     row, low, high, slot = work_item(items, item, head, work, PER_HEAD)
-    numbers = READ(table + head * table_stride)
+    numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // group_size
 
     group = row // rows
@@ -79,7 +80,8 @@ def forward_kernel(
             whole = whole & is_of_document(documents, j, keys, first_document)
         if whole == 0:
             j_position = positions_of(k_position, k_position_stride, batch, kv_head, j, keys)
-            seen = SEEN(i_position[:, None], j_position[None, :], numbers) & (j < keys)[None, :]
+            seen = is_visible(i_position[:, None], j_position[None, :], numbers, RULE)
+            seen = seen & (j < keys)[None, :]
             if documents is not None:
                 j_document = tl.load(documents + j, mask=j < keys, other=-2)
                 seen = seen & (i_document[:, None] == j_document[None, :])

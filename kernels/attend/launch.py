@@ -18,7 +18,7 @@ from kernels.common.interpreter import INTERPRETED
 from kernels.common.primitives import CLASSES, GATHERED, PLAIN
 from kernels.patterns import Pattern
 from kernels.patterns.algebra import Nothing
-from kernels.patterns.spans import Order
+from kernels.patterns.order import Order
 from kernels.patterns.tiles import TileList
 
 MERGED_ROWS, MERGED_PIECES = 4, 16  # what the kernels that merge read: tokens, pieces at a time
@@ -229,7 +229,7 @@ def _chains(pattern: Pattern, heads: int, keys: int, listed: bool) -> list[tuple
     """
     split = whole if listed else chains
     return [
-        tuple(p for p in chain if p.k_order.slots(keys)) or (Pass(Nothing(), chain[0].heads),)
+        tuple(p for p in chain if p.k_order.longest(keys)) or (Pass(Nothing(), chain[0].heads),)
         for chain in split(pattern, heads)
     ]
 
@@ -246,7 +246,7 @@ def _make_setup(
         work = make_work(tiles.inverse() if inverse else tiles, device)
         config = Config(*tiles.tile, 8 if tiles.tile[0] * tiles.tile[1] >= 128 * 128 else 4, 2)
     else:
-        slots = part.q_order.slots(queries), part.k_order.slots(keys)
+        slots = part.q_order.longest(queries), part.k_order.longest(keys)
         config = config_for(*kind).fit(*slots)
         work = work_of(part, heads, queries, keys, config.tile, inverse, device)
         if work.mean_tiles * config.tile[not inverse] >= LONG:
@@ -263,8 +263,7 @@ def _make_setup(
         part.k_order.first,
     )  # fmt: skip
     meta = {
-        "READ": rule.read,
-        "SEEN": rule.seen,
+        "RULE": rule,
         "PER_HEAD": work.differs_by_head,
         "Q_ORDER": _kind(part.q_order),
         "K_ORDER": _kind(part.k_order),

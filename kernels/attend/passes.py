@@ -7,14 +7,11 @@ excludes what the ones before it have shown: no key is counted twice.
 """
 
 import functools
-import itertools
 from dataclasses import dataclass
 
-from kernels.patterns.algebra import And, Full, Not, Or, Pattern
-from kernels.patterns.spans import Order
-from kernels.patterns.terms import Dilated, Fixed, PerHead, Strided, Summary
-
-SEQUENCE = Order()  # the tokens as they stand
+from kernels.patterns.algebra import And, Not, Pattern
+from kernels.patterns.order import SEQUENCE, Order
+from kernels.patterns.terms.full import Full
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,7 +29,7 @@ class Pass:
     @property
     def covers_keys(self) -> bool:
         """Whether every key is in the storage order, so that its gradient is written."""
-        return self.k_order.groups == self.k_order.step
+        return self.k_order.residues == self.k_order.step
 
 
 @functools.lru_cache(maxsize=512)
@@ -44,11 +41,12 @@ def chains(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
     pattern = pattern.bound()
     heads_of: dict[tuple[Pattern, ...], list[int]] = {}
     for head in range(heads):
-        heads_of.setdefault(tuple(_split(_for_head(pattern, head))), []).append(head)
-    if all(map(_is_plain, heads_of)):  # heads that differ in their numbers share a launch
+        heads_of.setdefault(tuple(_split(pattern.of_head(head))), []).append(head)
+    # Heads that differ in their numbers alone share a launch.
+    if all(len(parts) == 1 and parts[0].order == Pattern.order for parts in heads_of):
         return ((Pass(pattern, tuple(range(heads))),),)
     return tuple(
-        tuple(Pass(part, tuple(own), *_orders(part)) for part in parts)
+        tuple(Pass(part, tuple(own), *part.order) for part in parts)
         for parts, own in heads_of.items()
     )
 
@@ -59,27 +57,10 @@ def whole(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
     return ((Pass(pattern.bound(), tuple(range(heads))),),)
 
 
-def _for_head(pattern: Pattern, head: int) -> Pattern:
-    """The pattern of one head, without `per_head`."""
-    match pattern:
-        case PerHead(patterns=patterns):
-            return _for_head(patterns[head % len(patterns)], head)
-        case And(operands=operands) | Or(operands=operands):
-            return type(pattern)(tuple(_for_head(p, head) for p in operands))
-        case Not(operand=operand):
-            return Not(_for_head(operand, head))
-    return pattern
-
-
-def _is_plain(parts: tuple[Pattern, ...]) -> bool:
-    return len(parts) == 1 and _orders(parts[0]) == (SEQUENCE, SEQUENCE)
-
-
 def _split(pattern: Pattern) -> list[Pattern]:
     """Disjoint parts whose union is the pattern: what runs in the order of the text comes first."""
-    alternatives = _alternatives(pattern)
-    own = [p for p in alternatives if _orders(p) == (SEQUENCE, SEQUENCE)]
-    moved = [p for p in alternatives if p not in own]
+    own = [part for part in pattern.alternatives if part.order == Pattern.order]
+    moved = [part for part in pattern.alternatives if part.order != Pattern.order]
     if not moved:
         return [pattern]
     first = [functools.reduce(Pattern.__or__, own)] if own else []
@@ -93,19 +74,6 @@ def _split(pattern: Pattern) -> list[Pattern]:
     return first + parts
 
 
-def _alternatives(pattern: Pattern) -> list[Pattern]:
-    """Patterns whose union is the pattern, split where a term asks for an order of its own."""
-    match pattern:
-        case Or(operands=operands):
-            return [part for p in operands for part in _alternatives(p)]
-        case And(operands=operands):
-            choices = itertools.product(*map(_alternatives, operands))
-            return [functools.reduce(Pattern.__and__, choice) for choice in choices]
-        case Fixed(local=local):
-            return [local, pattern & Not(local)]
-    return [pattern]
-
-
 def _outside(excluded: Pattern, part: Pattern) -> Pattern:
     """What excludes ``excluded`` within ``part``: terms that both share need not be asked again."""
     left = [p for p in _factors(excluded) if p not in _factors(part)]
@@ -115,15 +83,3 @@ def _outside(excluded: Pattern, part: Pattern) -> Pattern:
 def _factors(pattern: Pattern) -> tuple[Pattern, ...]:
     """What is &-ed in a pattern."""
     return pattern.operands if isinstance(pattern, And) else (pattern,)
-
-
-def _orders(part: Pattern) -> tuple[Order, Order]:
-    """The storage orders of queries and keys in which a part is dense."""
-    for term in _factors(part):
-        match term:
-            case Strided(stride=step) | Dilated(step=step) if step > 1:
-                return (Order(step=step, groups=step),) * 2
-            case Fixed(summary=columns) | (Summary() as columns):
-                order = Order(run=columns.cells, step=columns.length, first=columns.first)
-                return SEQUENCE, order
-    return SEQUENCE, SEQUENCE

@@ -13,11 +13,11 @@ LARGEST_HEAD = 128  # of cuDNN's kernels
 
 def equal_pattern(pattern: Pattern, length: int) -> Pattern | None:
     """``causal()`` or ``full()`` if the pattern surely equals it over ``length`` tokens."""
-    if length > pattern.shows_past:
+    if length > pattern.past_seen_up_to:
         return None
     if pattern.is_causal:
         return causal()
-    return full() if length <= pattern.shows_future else None
+    return full() if length <= pattern.future_seen_up_to else None
 
 
 def can_run(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> bool:

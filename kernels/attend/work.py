@@ -7,10 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.attend.passes import Pass
-from kernels.patterns import Pattern
-from kernels.patterns.algebra import And, Full, Not, Or
 from kernels.patterns.rule import Rule, rule_of, table_of
-from kernels.patterns.terms import Causal, Dilated, Others, Strided, Window
 from kernels.patterns.tiles import TileList, list_tiles
 
 # A row is cut into pieces of so many mean rows, but of no fewer tiles than this.
@@ -85,7 +82,7 @@ def make_work(tiles: TileList, device: torch.device) -> Work:
         cut.int().contiguous().to(device),
         int(slots[-1]),
         entries.int().to(device),
-        total // tiles.groups,
+        total // tiles.residues,
         total * heads,
     )
 
@@ -110,36 +107,24 @@ def work_of(
 def _tiles(part, heads, queries, keys, tile, device) -> TileList:
     small = max(queries // tile[0], keys // tile[1]) <= ROWS_ON_CPU
     where = torch.device("cpu") if small else device
-    groups = part.q_order.groups
+    residues = part.q_order.residues
     orders = part.q_order, part.k_order
-    if groups > 1 and _knows_distance_only(part.pattern):
-        # The same list in every group; group 0 has the most tokens.
-        orders = tuple(replace(order, groups=1) for order in orders)
+    if residues > 1 and part.pattern.knows_distance_only:
+        # The same list in every residue; residue 0 has the most tokens.
+        orders = tuple(replace(order, residues=1) for order in orders)
         one = list_tiles(part.pattern, *orders, queries, keys, tile, heads, where)
-        return _repeat(one, groups)
+        return _repeat(one, residues)
     return list_tiles(part.pattern, *orders, queries, keys, tile, heads, where)
 
 
-def _knows_distance_only(pattern: Pattern) -> bool:
-    """Whether visibility depends on ``i - j`` alone."""
-    match pattern:
-        case And(operands=operands) | Or(operands=operands):
-            return all(map(_knows_distance_only, operands))
-        case Not(operand=operand):
-            return _knows_distance_only(operand)
-        case Window(block=block):
-            return block == 1
-    return isinstance(pattern, Full | Causal | Strided | Dilated | Others)
-
-
-def _repeat(tiles: TileList, groups: int) -> TileList:
-    """The list of one group, for every group."""
+def _repeat(tiles: TileList, residues: int) -> TileList:
+    """The list of one residue, for every residue."""
     assert tiles.heads == 1, "what differs by head does not depend on the distance alone"
-    count = tiles.offsets.diff().repeat(groups)
+    count = tiles.offsets.diff().repeat(residues)
     offsets = torch.cat((count.new_zeros(1), count.cumsum(0)))
-    shape = (tiles.shape[0] * groups, tiles.shape[1])
-    numbers, full = tiles.keys.repeat(groups), tiles.full.repeat(groups)
-    return TileList(offsets.int(), numbers, full, shape, tiles.tile, groups)
+    shape = (tiles.shape[0] * residues, tiles.shape[1])
+    numbers, full = tiles.keys.repeat(residues), tiles.full.repeat(residues)
+    return TileList(offsets.int(), numbers, full, shape, tiles.tile, residues)
 
 
 @functools.lru_cache(maxsize=512)

@@ -12,7 +12,7 @@ import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 
-# How storage slots of a pass map to tokens of the sequence (kernels.patterns.spans.Order):
+# How storage slots of a pass map to tokens of the sequence (kernels.patterns.order.Order):
 PLAIN = tl.constexpr(0)  # slot n is token n
 CLASSES = tl.constexpr(1)  # group g holds tokens g, g + step, g + 2 step ...
 GATHERED = tl.constexpr(2)  # runs of `run` tokens, one every `step` tokens, from `first` on

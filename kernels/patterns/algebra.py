@@ -1,61 +1,42 @@
-"""Patterns and how they combine: ``&``, ``|``, and what a term is surrounded by."""
+"""Patterns and how they combine: ``&``, ``|`` and ``~``."""
 
 import functools
+import itertools
 import operator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 
-from kernels.patterns.spans import (
-    AND,
-    DEAD,
-    FULL,
-    KNOWING,
-    LIVE,
-    NOT,
-    OR,
-    UNKNOWN,
-    Grid,
-    Order,
-    Spans,
-    constant,
-    meeting,
-)
-from kernels.patterns.tiles import TileList, count_cells, list_tiles
+from kernels.patterns.bounds import Box, Known
+from kernels.patterns.order import SEQUENCE, Order
 
 ANY_LENGTH = 2**40  # more tokens than any sequence has
 _ENCODED = 256  # texts are filled up to whole multiples, so that few lengths differ
 
 
 class Pattern:
-    """A set of visible cells ``(i, j)``, possibly another one in every head."""
+    """A set of visible cells ``(i, j)``, possibly another one in every head.
+
+    A pattern is an immutable, hashable value that holds no batch data. A term is a subclass in a
+    file of ``kernels/patterns/terms``, which says all that is known of it: what is visible, for
+    torch (`_visible`) and inside kernels (`rule`, `numbers`, `table`), what is certain of a box of
+    cells (`_known`), and in which order tokens are best stored (`order`).
+    """
 
     differs_by_head = False  # True if heads may see different keys
     variants = 1  # patterns of the longest `per_head` in it
     is_causal = False  # True if it is certain that no query sees a later key
     sees_itself = False  # True if it is certain that every query sees its own position
-    shows_past = 0  # length of sequences up to which it is certain that all of the past is seen
-    shows_future = 0  # the same of the future
+    past_seen_up_to = 0  # up to this many tokens, every earlier key is certainly visible
+    future_seen_up_to = 0  # up to this many tokens, every later key is certainly visible
+    knows_distance_only = False  # True if visibility depends on i - j alone
+    operands: tuple["Pattern", ...] = ()
     _encoded = None
 
-    @property
-    def encoded(self) -> Tensor:
-        """The canonical text as bytes, uint8 on the CPU, filled up with spaces; made once.
-
-        What an operator of torch takes: a number or a text would be a constant of the graph that
-        `torch.compile` makes, and every layer with a pattern of its own would need its own graph.
-        """
-        if self._encoded is not None:
-            return self._encoded
-        text = repr(self)
-        filled = text + " " * (-len(text) % _ENCODED)
-        # On the CPU wherever a model is made: under `torch.device("meta")`, say.
-        letters = [ord(letter) for letter in filled]
-        encoded = torch.tensor(letters, dtype=torch.uint8, device="cpu")
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "_encoded", encoded)
-        return encoded
+    # For users
 
     def visible(self, i: Tensor, j: Tensor, head: int | Tensor = 0, *, length=None) -> Tensor:
         """Whether query ``i`` sees key ``j``: the definition, elementwise.
@@ -83,8 +64,10 @@ class Pattern:
         heads: int = 1,
         device: torch.device | str = "cpu",
         keys: int | None = None,
-    ) -> TileList:
-        """The tiles with at least one visible cell, listed in O(listed tiles) time and memory.
+    ):
+        """The tiles with at least one visible cell, a `TileList`, in the order of the sequence.
+
+        Takes time and memory in proportion to the listed tiles.
 
         Args:
             length: number of queries.
@@ -96,22 +79,42 @@ class Pattern:
         Raises:
             ValueError: if a size is not positive.
         """
+        from kernels.patterns.tiles import list_tiles  # which lists tiles of patterns
+
         sides = (tile, tile) if isinstance(tile, int) else tuple(tile)
         keys = length if keys is None else keys
-        return list_tiles(self, Order(), Order(), length, keys, sides, heads, device)
+        return list_tiles(self, SEQUENCE, SEQUENCE, length, keys, sides, heads, device)
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (patterns are small immutable values)
     def keys_per_query(self, length: int, heads: int = 1) -> float:
         """Mean number of visible keys over the queries and heads: the honest cost.
 
-        Counted in O(live tiles) time and little memory.
+        Counted exactly, in time in proportion to the live tiles and little memory.
         """
+        from kernels.patterns.tiles import count_cells  # which counts cells of patterns
+
         heads = heads if self.differs_by_head else 1
         return count_cells(self, length, heads) / (length * heads)
 
     def draw(self, length: int, head: int = 0) -> str:
         """Text raster, one line a query: ``x`` where the key is visible, ``.`` where not."""
         return "\n".join("".join(".x"[seen] for seen in row) for row in self.dense(length, head))
+
+    def on_layer(self, layer: int) -> "Pattern":
+        """This pattern with random blocks of the layer's own: adds to their ``layer``."""
+        return self._map(lambda operand: operand.on_layer(layer))
+
+    def of_head(self, head: int) -> "Pattern":
+        """What one head sees: this pattern without `per_head`."""
+        return self._map(lambda operand: operand.of_head(head))
+
+    def __and__(self, other: "Pattern") -> "Pattern":
+        return And(_flat(And, self, other))
+
+    def __or__(self, other: "Pattern") -> "Pattern":
+        return Or(_flat(Or, self, other))
+
+    # For kernels
 
     @functools.lru_cache(maxsize=256)  # noqa: B019 (patterns are small immutable values)
     def bound(self) -> "Pattern":
@@ -120,106 +123,118 @@ class Pattern:
         A bound term keeps its surroundings wherever it is put, so that an expression can be taken
         apart and each part still shows what it showed in the whole.
         """
-        return self._bind(Surroundings())
+        from kernels.patterns.terms.random_blocks import bind  # a term, and terms need patterns
 
-    def on_layer(self, layer: int) -> "Pattern":
-        """This pattern with random blocks of the layer's own: adds to their ``layer``."""
-        return self
+        return bind(self)
 
-    def __and__(self, other: "Pattern") -> "Pattern":
-        return And(_operands(And, self, other))
+    @property
+    def encoded(self) -> Tensor:
+        """The canonical text as bytes, uint8 on the CPU, filled up with spaces; made once.
 
-    def __or__(self, other: "Pattern") -> "Pattern":
-        return Or(_operands(Or, self, other))
+        What an operator of torch takes: a number or a text would be a constant of the graph that
+        `torch.compile` makes, and every layer with a pattern of its own would need its own graph.
+        """
+        if self._encoded is not None:
+            return self._encoded
+        text = repr(self)
+        filled = text + " " * (-len(text) % _ENCODED)
+        # On the CPU wherever a model is made: under `torch.device("meta")`, say.
+        letters = [ord(letter) for letter in filled]
+        encoded = torch.tensor(letters, dtype=torch.uint8, device="cpu")
+        if not torch.compiler.is_compiling():
+            object.__setattr__(self, "_encoded", encoded)
+        return encoded
+
+    # What a term says of itself; of a bound pattern
+
+    order: tuple[Order, Order] = (SEQUENCE, SEQUENCE)  # of queries and keys: where it is dense
+
+    @property
+    def alternatives(self) -> tuple["Pattern", ...]:
+        """Patterns whose union this is, split where a term wants a storage order of its own."""
+        return (self,)
 
     def _visible(self, i: Tensor, j: Tensor, head: int | Tensor, length: int | None) -> Tensor:
-        """``visible`` of a bound pattern; ``head`` may be on any device."""
+        """``visible``; ``head`` may be on any device."""
         raise NotImplementedError
 
-    def _spans(self, grid: Grid) -> Spans:
-        """What is known of the tiles of ``grid`` without looking at cells, of a bound pattern.
+    def _known(self, box: Box) -> Known:
+        """What is certain of boxes without looking at cells."""
+        raise NotImplementedError
 
-        Tiles without any token may be given any value.
+    def _scattered(self, grid) -> tuple[Tensor, "Pattern"] | None:
+        """Tiles that terms touch here and there, and this pattern without these terms.
+
+        Args:
+            grid: a `kernels.patterns.descent.Grid`.
+
+        Returns:
+            Numbers of tiles ``(N,)`` (see `Grid.number`), ascending, and the pattern; None if there
+            is no such term.
+        """
+        parts = [operand._scattered(grid) for operand in self.operands]
+        if all(part is None for part in parts):
+            return None
+        numbers = [part[0] for part in parts if part is not None]
+        number = numbers[0] if len(numbers) == 1 else torch.cat(numbers).unique()
+        rest = iter(
+            operand if part is None else part[1]
+            for operand, part in zip(self.operands, parts, strict=True)
+        )
+        return number, self._map(lambda operand: next(rest))
+
+    @staticmethod
+    def rule(i, j, numbers):
+        """A function of Triton: whether ``i (M, 1)`` sees ``j (1, N)``, or transposed, int32.
+
+        ``numbers`` are those that `numbers` gives, and if there is a `table` its size and address
+        behind them: a tuple, or the one number that there is. `compiled_for` is a fourth argument.
         """
         raise NotImplementedError
 
-    def _at(self, grid: Grid, key: Tensor) -> Tensor | None:
-        """What is known of single tiles (``Spans.key``), or None if no more than ``_spans`` says.
+    compiled_for: int | None = None  # a constant of the rule: another one is another kernel
 
-        For what no few steps could tell, such as which narrow tiles a stride skips.
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """At most three numbers that the rule reads: a kernel serves all sizes of a term."""
+        return ()
+
+    has_table = False
+
+    def table(self, head: int, heads: int, length: int) -> Tensor:
+        """More numbers, which the rule looks up: one dimension of int32.
+
+        Args:
+            head: number of the head that reads it.
+            heads: heads of the model.
+            length: tokens of the sequence.
         """
-        return None
+        raise NotImplementedError
 
-    def _bind(self, surroundings: "Surroundings") -> "Pattern":
-        return self
-
-    def _without_random(self, replacement: "Pattern") -> "Pattern":
-        """This pattern with every random term replaced."""
-        return self
-
-    def _of_head(self, head: int) -> "Pattern":
-        """What a pattern without random terms shows one head."""
-        return self
-
-
-@dataclass(frozen=True, repr=False)
-class Full(Pattern):
-    sees_itself = True
-    shows_past = shows_future = ANY_LENGTH
-
-    def _visible(self, i, j, head, length):
-        return torch.ones_like(i + j, dtype=torch.bool)
-
-    def _spans(self, grid):
-        return constant(grid, FULL)
-
-    def __repr__(self) -> str:
-        return "full()"
+    def _map(self, function: Callable[["Pattern"], "Pattern"]) -> "Pattern":
+        """The same combination of what ``function`` makes of each operand; a term is itself."""
+        return type(self)(tuple(map(function, self.operands))) if self.operands else self
 
 
 @dataclass(frozen=True, repr=False)
 class Nothing(Pattern):
     """No cell at all: stands for a random term that another random term looks at."""
 
-    is_causal = True
+    is_causal = knows_distance_only = True
 
     def _visible(self, i, j, head, length):
         return torch.zeros_like(i + j, dtype=torch.bool)
 
-    def _spans(self, grid):
-        return constant(grid, DEAD)
+    def _known(self, box):
+        return box.constant(False)
+
+    @staticmethod
+    @triton.jit
+    def rule(i, j, numbers):
+        return (i != i) & (j != j)
 
     def __repr__(self) -> str:
         return "nothing()"
-
-
-@dataclass(frozen=True)
-class Surroundings:
-    """What stands around a term in its expression: only random blocks look at it."""
-
-    around: Pattern = Full()  # everything that is &-ed with the term
-    beside: Pattern = Nothing()  # everything that is |-ed with the term
-
-    def inside(self, operands: tuple[Pattern, ...], position: int, kind: type) -> "Surroundings":
-        """The surroundings of operand number ``position`` of a combination of ``kind``.
-
-        Random terms are drawn independently: to each other they count as everything when &-ed
-        and as nothing when |-ed.
-        """
-        around, beside = self.around, self.beside
-        for other in operands[:position] + operands[position + 1 :]:
-            if kind is And:
-                around = around & other._without_random(Full())
-            else:
-                beside = beside | other._without_random(Nothing())
-        return Surroundings(around, beside)
-
-    @property
-    def differ_by_head(self) -> bool:
-        return self.around.differs_by_head or self.beside.differs_by_head
-
-    def of_head(self, head: int) -> "Surroundings":
-        return Surroundings(self.around._of_head(head), self.beside._of_head(head))
 
 
 @dataclass(frozen=True, repr=False)
@@ -234,50 +249,24 @@ class _Combination(Pattern):
     def variants(self) -> int:
         return max(operand.variants for operand in self.operands)
 
-    @functools.cached_property
-    def shows_past(self) -> int:
-        return self.extreme(operand.shows_past for operand in self.operands)
+    @property
+    def knows_distance_only(self) -> bool:
+        return all(operand.knows_distance_only for operand in self.operands)
 
     @functools.cached_property
-    def shows_future(self) -> int:
-        return self.extreme(operand.shows_future for operand in self.operands)
+    def past_seen_up_to(self) -> int:
+        return self.extreme(operand.past_seen_up_to for operand in self.operands)
+
+    @functools.cached_property
+    def future_seen_up_to(self) -> int:
+        return self.extreme(operand.future_seen_up_to for operand in self.operands)
 
     def _visible(self, i, j, head, length):
         seen = (operand._visible(i, j, head, length) for operand in self.operands)
         return functools.reduce(self.join, seen)
 
-    def _spans(self, grid):
-        return functools.reduce(self.join, (operand._spans(grid) for operand in self.operands))
-
-    def _at(self, grid, key):
-        values = [operand._at(grid, key) for operand in self.operands]
-        if all(value is None for value in values):
-            return None
-        rows = len(grid.heads) * grid.groups * grid.rows
-        return functools.reduce(
-            self.table,
-            (
-                operand._spans(grid).repeat(rows).at(key) if value is None else value
-                for value, operand in zip(values, self.operands, strict=True)
-            ),
-        )
-
-    def _bind(self, surroundings):
-        return type(self)(
-            tuple(
-                operand._bind(surroundings.inside(self.operands, n, type(self)))
-                for n, operand in enumerate(self.operands)
-            )
-        )
-
-    def _without_random(self, replacement):
-        return type(self)(tuple(p._without_random(replacement) for p in self.operands))
-
-    def _of_head(self, head):
-        return type(self)(tuple(p._of_head(head) for p in self.operands))
-
-    def on_layer(self, layer):
-        return type(self)(tuple(p.on_layer(layer) for p in self.operands))
+    def _known(self, box):
+        return functools.reduce(self.join, (operand._known(box) for operand in self.operands))
 
     def __repr__(self) -> str:
         # `&` binds tighter than `|`, so only an Or inside an And needs parentheses.
@@ -292,7 +281,7 @@ class _Combination(Pattern):
 class And(_Combination):
     """Visible where every operand is."""
 
-    symbol, join, table = "&", staticmethod(operator.and_), AND
+    symbol, join = "&", staticmethod(operator.and_)
     extreme = staticmethod(min)  # of lengths that all operands reach
 
     @functools.cached_property
@@ -303,19 +292,30 @@ class And(_Combination):
     def sees_itself(self) -> bool:
         return all(operand.sees_itself for operand in self.operands)
 
-    def _spans(self, grid):
-        spans = super()._spans(grid)
-        if grid.unit and self.sees_itself:
-            # Two terms that each show part of a tile may have no cell in common, but on the
-            # diagonal they do: this spares a look at the cells of every tile there.
-            spans = spans.combine(meeting(grid, LIVE, UNKNOWN), KNOWING)
-        return spans
+    @functools.cached_property
+    def order(self) -> tuple[Order, Order]:
+        """That of the first operand which wants one of its own."""
+        orders = (operand.order for operand in self.operands)
+        return next((own for own in orders if own != Pattern.order), Pattern.order)
+
+    @property
+    def alternatives(self) -> tuple[Pattern, ...]:
+        choices = itertools.product(*(operand.alternatives for operand in self.operands))
+        return tuple(functools.reduce(operator.and_, choice) for choice in choices)
+
+    def _known(self, box):
+        known = super()._known(box)
+        if not self.sees_itself:
+            return known
+        # Two boxes of which each shows a cell may have none in common, but on the diagonal they
+        # do: this spares a look at the cells of every tile there.
+        return replace(known, some=known.some | box.meets_diagonal())
 
 
 class Or(_Combination):
     """Visible where any operand is."""
 
-    symbol, join, table = "|", staticmethod(operator.or_), OR
+    symbol, join = "|", staticmethod(operator.or_)
     extreme = staticmethod(max)
 
     @functools.cached_property
@@ -326,12 +326,20 @@ class Or(_Combination):
     def sees_itself(self) -> bool:
         return any(operand.sees_itself for operand in self.operands)
 
+    @property
+    def alternatives(self) -> tuple[Pattern, ...]:
+        return tuple(part for operand in self.operands for part in operand.alternatives)
+
 
 @dataclass(frozen=True, repr=False)
 class Not(Pattern):
     """Visible where the operand is not: what one pass over a pattern leaves to another."""
 
     operand: Pattern
+
+    @property
+    def operands(self) -> tuple[Pattern]:
+        return (self.operand,)
 
     @property
     def differs_by_head(self) -> bool:
@@ -341,35 +349,25 @@ class Not(Pattern):
     def variants(self) -> int:
         return self.operand.variants
 
+    @property
+    def knows_distance_only(self) -> bool:
+        return self.operand.knows_distance_only
+
     def _visible(self, i, j, head, length):
         return ~self.operand._visible(i, j, head, length)
 
-    def _spans(self, grid):
-        return ~self.operand._spans(grid)
+    def _known(self, box):
+        return ~self.operand._known(box)
 
-    def _at(self, grid, key):
-        value = self.operand._at(grid, key)
-        return None if value is None else NOT(value)
-
-    def _bind(self, surroundings):
-        return Not(self.operand._bind(surroundings))
-
-    def _without_random(self, replacement):
-        opposite = Nothing() if replacement == Full() else Full()
-        return Not(self.operand._without_random(opposite))
-
-    def _of_head(self, head):
-        return Not(self.operand._of_head(head))
-
-    def on_layer(self, layer):
-        return Not(self.operand.on_layer(layer))
+    def _map(self, function):
+        return Not(function(self.operand))
 
     def __repr__(self) -> str:
         combined = isinstance(self.operand, _Combination)
         return f"~({self.operand!r})" if combined else f"~{self.operand!r}"
 
 
-def _operands(kind: type, *patterns: Pattern) -> tuple[Pattern, ...]:
+def _flat(kind: type, *patterns: Pattern) -> tuple[Pattern, ...]:
     """``a & (b & c)`` and ``(a & b) & c`` are one combination of three."""
     flat: list[Pattern] = []
     for pattern in patterns:

@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from kernels.patterns.algebra import Pattern
-from kernels.patterns.spans import DEAD, Grid, Order
-from kernels.patterns.tiles import settle, spans_of
+from kernels.patterns.tiles import last_visitor
 
 _QUERIES = 256  # of a tile, one key wide: few tiles a key, and few cells in the last one
 _CELLS = 2**18  # looked at at once: 1 MiB for each int32 temporary, which stays in a CPU's cache
@@ -98,11 +97,7 @@ def last_queries(pattern: Pattern, heads: int, length: int) -> Tensor:
 
 
 def _last_queries(pattern: Pattern, head: int, length: int) -> Tensor:
-    grid = Grid(Order(), Order(), length, length, (_QUERIES, 1), (head,))
-    spans = settle(pattern, grid, spans_of(pattern, grid))
-    live, _ = spans.cells(spans.value != DEAD)
-    tile = torch.full((length,), -1)
-    tile.scatter_reduce_(0, live % spans.stride, live // spans.stride, "amax")
+    tile = last_visitor(pattern, head, length, _QUERIES)
     last = []
     for j in torch.arange(length)[:, None].split(_CELLS // _QUERIES):
         i = tile[j] * _QUERIES + torch.arange(_QUERIES)

@@ -69,5 +69,5 @@ class PatternAttention(nn.Module):
 
 def prepared(pattern: Pattern) -> Pattern:
     """The pattern, which keeps what attention asks of it: its parts are not asked again."""
-    _ = pattern.encoded, pattern.is_causal, pattern.shows_past, pattern.shows_future
+    _ = pattern.encoded, pattern.is_causal, pattern.past_seen_up_to, pattern.future_seen_up_to
     return pattern

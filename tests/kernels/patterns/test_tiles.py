@@ -19,7 +19,7 @@ from kernels.patterns import (
     window,
 )
 from kernels.patterns.algebra import Not
-from kernels.patterns.spans import Order
+from kernels.patterns.order import Order
 from kernels.patterns.tiles import TileList, list_tiles
 from tests.kernels.patterns.test_patterns import patterns
 
@@ -35,7 +35,10 @@ def sides(tile):
 
 def positions(order, length):
     """Where the slots of every group stand, ``(groups, slots)``; at or past ``length``: none."""
-    group, slot = torch.arange(order.groups)[:, None], torch.arange(order.slots(length))[None, :]
+    group, slot = (
+        torch.arange(order.residues)[:, None],
+        torch.arange(order.longest(length))[None, :],
+    )
     return order.position(group, slot)
 
 
@@ -95,12 +98,12 @@ def test_keys_may_differ_in_number_from_queries(pattern, queries, keys, tile):
 
 
 ORDERS = st.one_of(
-    st.integers(1, 9).map(lambda step: (Order(step=step, groups=step),) * 2),
+    st.integers(1, 9).map(lambda step: (Order(step=step, residues=step),) * 2),
     st.integers(1, 9).map(lambda step: (Order(step=step),) * 2),
     st.tuples(st.integers(1, 4), st.integers(0, 5)).map(
         lambda t: (Order(), Order(run=t[0], step=t[0] + t[1], first=t[1]))
     ),
-    st.integers(2, 5).map(lambda step: (Order(step=step, groups=step), Order())),
+    st.integers(2, 5).map(lambda step: (Order(step=step, residues=step), Order())),
 )
 
 
@@ -111,17 +114,17 @@ def test_permuted_and_gathered_tokens(pattern, orders, queries, keys, tile, excl
     arguments = (pattern, *orders, queries, keys, sides(tile))
     tiles = list_tiles(*arguments, heads=2)
     assert_lists(tiles, *brute_force(*arguments, range(2)))
-    assert tiles.groups == orders[0].groups
+    assert tiles.residues == orders[0].residues
     assert_transposed(tiles)
 
 
 def assert_transposed(tiles):
     inverse = tiles.inverse()
-    by_group = tiles.layout().unflatten(1, (tiles.groups, -1))
+    by_group = tiles.layout().unflatten(1, (tiles.residues, -1))
     assert torch.equal(inverse.layout(), by_group.mT.flatten(1, 2))
-    assert (inverse.tile, inverse.groups, len(inverse)) == (
+    assert (inverse.tile, inverse.residues, len(inverse)) == (
         tiles.tile[::-1],
-        tiles.groups,
+        tiles.residues,
         len(tiles),
     )
     back = inverse.inverse()
@@ -138,8 +141,8 @@ def test_the_inverse_is_the_transpose(pattern, length, tile, heads):
 @pytest.mark.parametrize(
     ("pattern", "orders", "share"),
     [
-        (causal() & strided(8), (Order(step=8, groups=8),) * 2, 0.2),
-        (causal() & dilated(5, 8), (Order(step=8, groups=8),) * 2, 0.7),
+        (causal() & strided(8), (Order(step=8, residues=8),) * 2, 0.2),
+        (causal() & dilated(5, 8), (Order(step=8, residues=8),) * 2, 0.7),
         (causal() & fixed(16, 4, sub_block=1), (Order(), Order(run=4, step=16, first=8)), 0.4),
     ],
 )
@@ -201,9 +204,9 @@ def test_tiles_of_a_layout_are_listed_row_by_row():
 
 def test_a_slot_stands_where_the_order_says():
     assert positions(Order(), 4).tolist() == [[0, 1, 2, 3]]
-    assert positions(Order(step=3, groups=3), 7).tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
+    assert positions(Order(step=3, residues=3), 7).tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert positions(Order(run=2, step=5, first=3), 14).tolist() == [[3, 4, 8, 9, 13]]
-    assert Order(run=2, step=5, first=3).slots(3) == 0
+    assert Order(run=2, step=5, first=3).longest(3) == 0
 
 
 @pytest.mark.parametrize(
@@ -223,6 +226,6 @@ def test_impossible_sizes_are_refused_in_a_sentence(arguments, message):
 
 
 def test_groups_that_do_not_meet_are_refused():
-    orders = Order(step=4, groups=4), Order(step=2, groups=2)
+    orders = Order(step=4, residues=4), Order(step=2, residues=2)
     with pytest.raises(ValueError, match="got 2 and 4"):
         list_tiles(blocks("x", 4), *orders, 8, 8, (4, 4))

@@ -1,0 +1,1 @@
+"""The terms that patterns are made of: one class a term, which says all that is known of it."""
