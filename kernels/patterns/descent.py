@@ -160,21 +160,20 @@ class Runs:
     width: Tensor
     full: Tensor
 
-    def __add__(self, other: "Runs") -> "Runs":
-        parts = zip(self._fields, other._fields, strict=True)
-        return Runs(*(torch.cat(pair) for pair in parts))
-
-    def sorted(self, columns: int) -> "Runs":
-        """The runs in ascending order of their tiles, of which a row has ``columns``."""
-        order = (self.row * columns + self.first).argsort()
-        return Runs(*(field[order] for field in self._fields))
-
-    @property
-    def _fields(self) -> tuple[Tensor, ...]:
-        return self.row, self.first, self.width, self.full
+    @classmethod
+    def joined(cls, parts: "list[Runs]", columns: int) -> "Runs":
+        """All runs in ascending order of their tiles, of which a row has ``columns``."""
+        row, first, width, full = (
+            torch.cat(fields)
+            for fields in zip(*((p.row, p.first, p.width, p.full) for p in parts), strict=True)
+        )
+        order = (row * columns + first).argsort()
+        return cls(row[order], first[order], width[order], full[order])
 
     def without(self, tile: Tensor, columns: int) -> "Runs":
         """Sorted runs, less some tiles ``row * columns + column``, ascending, which cut them."""
+        if not len(self.row):
+            return self
         start = self.row * columns + self.first
         run = torch.searchsorted(start, tile, right=True) - 1
         inside = (run >= 0) & (tile < (start + self.width)[run.clamp(min=0)])
@@ -193,13 +192,14 @@ class Found:
 
     Args:
         grid: what it went through.
-        whole: side in tiles and places ``(3, N)`` of boxes of which every cell is visible.
+        whole: side in tiles, places ``(3, N)`` and number ``(N,)`` of neighbouring boxes in a row
+            of which every cell is visible.
         single: places ``(3, N)`` of tiles of which that is not so.
         sure: whether it is certain that such a tile has a visible cell, ``(N,)`` bool.
     """
 
     grid: Grid
-    whole: list[tuple[int, Tensor]]
+    whole: list[tuple[int, Tensor, Tensor]]
     single: Tensor
     sure: Tensor
 
@@ -210,17 +210,17 @@ class Found:
         """
         grid = self.grid
         plane, row, column = self.single[:, live]
-        runs = Runs(plane * grid.rows + row, column, torch.ones_like(row), full[live])
-        for side, (plane, row, column) in self.whole:
+        parts = [Runs(plane * grid.rows + row, column, torch.ones_like(row), full[live])]
+        for side, (plane, row, column), count in self.whole:
             rows, columns = grid.extent(plane)
             height = (rows - row * side).clamp(max=side)
-            width = (columns - column * side).clamp(max=side)
+            width = (columns - column * side).minimum(count * side)
             box = torch.repeat_interleave(height)
             within = torch.arange(len(box), device=box.device) - (height.cumsum(0) - height)[box]
             row = plane[box] * grid.rows + row[box] * side + within
             yes = torch.ones_like(row, dtype=torch.bool)
-            runs = runs + Runs(row, column[box] * side, width[box], yes)
-        return runs.sorted(grid.columns)
+            parts.append(Runs(row, column[box] * side, width[box], yes))
+        return Runs.joined(parts, grid.columns)
 
 
 def descend(grid: Grid, known: Callable[[Box], Known]) -> Found:
@@ -230,13 +230,22 @@ def descend(grid: Grid, known: Callable[[Box], Known]) -> Found:
     whole = []
     while True:
         about = known(grid.box(place, side))
-        if (every := about.every.nonzero()[:, 0]).numel():
-            whole.append((side, place[:, every]))
+        whole.append((side, *_neighbours(place[:, about.every.nonzero()[:, 0]])))
         rest = (~(about.every | about.none)).nonzero()[:, 0]
         place = place[:, rest]
         if side == 1:
             return Found(grid, whole, place, about.some[rest])
         place, side = grid.parts(place, side), side // 2
+
+
+def _neighbours(place: Tensor) -> tuple[Tensor, Tensor]:
+    """The first of each chain of boxes that follow one another in a row, and how many these are."""
+    follows = place.diff(dim=1) == torch.tensor([[0], [0], [1]], device=place.device)
+    starts = torch.ones_like(place[0], dtype=torch.bool)
+    starts[1:] = ~follows.all(dim=0)
+    first = starts.nonzero()[:, 0]
+    end = torch.cat([first[1:], first.new_full((len(first[:1]),), place.shape[1])])
+    return place[:, first], end - first
 
 
 def find(pattern, grid: Grid) -> Runs:
@@ -256,7 +265,7 @@ def find(pattern, grid: Grid) -> Runs:
     full = (every | about.every)[live]
     plane, row, column = place[:, live]
     touched = Runs(plane * grid.rows + row, column, torch.ones_like(row), full)
-    return (runs + touched).sorted(columns)
+    return Runs.joined([runs, touched], columns)
 
 
 def _of_all_heads(pattern, grid: Grid) -> Runs:

@@ -234,7 +234,7 @@ def test_drawn_blocks_are_uniform_over_the_whole_sequence():
         (causal_term, {*range(2, 58)}),
         (encoder_term, {*range(2, 59), 62, 63}),
     ]:
-        drawn = term.plan(10_000, 256)[:, 60]
+        drawn = term.draws(10_000, 256)[:, 60]
         assert (drawn.sort(dim=1).values.diff(dim=1) > 0).all()
         assert set(drawn.flatten().tolist()) == candidates
         k = len(candidates)

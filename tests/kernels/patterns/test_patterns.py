@@ -322,7 +322,7 @@ def test_draws_are_the_ones_that_the_rule_names():
     around, beside = causal() & window(90), window(2, block=4) | global_tokens(5)
     pattern = around & (beside | random_blocks(5, block=4, seed=3, layer=2))
     term = pattern.bound().operands[2].operands[2]
-    plan = term.plan(3, 200)
+    plan = term.draws(3, 200)
     assert plan.shape == (3, 50, 5)
     allowed, taken = blocks_seen(around, 200, 4), blocks_seen(around & beside, 200, 4)
     for head in range(3):
@@ -361,13 +361,13 @@ def test_a_middle_row_of_bigbird_has_eight_blocks():
     assert seen[4:-1].sum(dim=1).eq(8).all()
     assert seen[:2].all()
     assert seen[:, :2].all()
-    drawn = bidirectional.bound().operands[2].plan(1, 256)[0, 4:]
+    drawn = bidirectional.bound().operands[2].draws(1, 256)[0, 4:]
     assert (drawn.sort(dim=1).values.diff(dim=1) > 0).all()
 
 
 def test_a_plan_of_a_million_tokens_needs_little():
     pattern = (causal() & (window(3, block=64) | random_blocks(3, block=64))).bound()
-    plan = pattern.operands[1].operands[1].plan(1, 2**20)
+    plan = pattern.operands[1].operands[1].draws(1, 2**20)
     assert plan.shape == (1, 2**14, 3)
     block = torch.arange(2**14)[:, None]
     assert (plan[0] <= (block - 3).clamp(min=-1)).all()
