@@ -17,6 +17,14 @@ np = interpreter.np  # the numpy that the interpreter computes in
 INTERPRETED: bool = triton.knobs.runtime.interpret
 
 
+def device_function(function):
+    """``triton.jit`` for a function that a kernel gets as a constant.
+
+    Interpreted, such a function must be plain Python.
+    """
+    return function if INTERPRETED else triton.jit(function)
+
+
 def install() -> None:
     """Patch the interpreter of this process; a second call changes nothing."""
     builder = interpreter.InterpreterBuilder

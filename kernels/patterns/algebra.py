@@ -7,9 +7,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
-import triton
 from torch import Tensor
 
+from kernels.common.interpreter import device_function
 from kernels.patterns.bounds import Box, Known
 from kernels.patterns.order import SEQUENCE, Order
 
@@ -229,7 +229,7 @@ class Nothing(Pattern):
         return box.constant(False)
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         return (i != i) & (j != j)
 

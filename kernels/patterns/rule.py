@@ -145,13 +145,14 @@ def read_numbers(at, RULE: tl.constexpr):
     if RULE.kind == "and" or RULE.kind == "or":
         left = read_numbers(at, RULE.left)
         return left, read_numbers(at + RULE.left.numbers, RULE.right)
-    if RULE.kind == "not":
+    elif RULE.kind == "not":
         return read_numbers(at, RULE.left)
-    if RULE.kind == "chosen":
+    elif RULE.kind == "chosen":
         return tl.load(at) != 0, read_numbers(at + 1, RULE.left)
-    if RULE.has_table:
+    elif RULE.has_table:
         return _read_with_table(at, RULE.numbers)
-    return _read(at, RULE.numbers)
+    else:
+        return _read(at, RULE.numbers)
 
 
 @triton.jit
@@ -160,16 +161,17 @@ def is_visible(i, j, numbers, RULE: tl.constexpr):
     if RULE.kind == "and":
         left = is_visible(i, j, numbers[0], RULE.left)
         return left & is_visible(i, j, numbers[1], RULE.right)
-    if RULE.kind == "or":
+    elif RULE.kind == "or":
         left = is_visible(i, j, numbers[0], RULE.left)
         return left | is_visible(i, j, numbers[1], RULE.right)
-    if RULE.kind == "not":
+    elif RULE.kind == "not":
         return is_visible(i, j, numbers, RULE.left) == 0
-    if RULE.kind == "chosen":
+    elif RULE.kind == "chosen":
         return is_visible(i, j, numbers[1], RULE.left) & numbers[0]
-    if RULE.constant is None:
+    elif RULE.constant is None:
         return RULE.function(i, j, numbers)
-    return RULE.function(i, j, numbers, RULE.constant)
+    else:
+        return RULE.function(i, j, numbers, RULE.constant)
 
 
 @triton.jit
@@ -177,11 +179,12 @@ def _read(at, COUNT: tl.constexpr):
     tl.static_assert(COUNT <= 3, "a term has at most three numbers: others belong in its table")
     if COUNT == 0:
         return 0
-    if COUNT == 1:
+    elif COUNT == 1:
         return tl.load(at)
-    if COUNT == 2:
+    elif COUNT == 2:
         return tl.load(at), tl.load(at + 1)
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2)
+    else:
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2)
 
 
 @triton.jit
@@ -192,6 +195,7 @@ def _read_with_table(at, COUNT: tl.constexpr):
     address = last + tl.load(last)
     if COUNT == 2:
         return tl.load(at), address
-    if COUNT == 3:
+    elif COUNT == 3:
         return tl.load(at), tl.load(at + 1), address
-    return tl.load(at), tl.load(at + 1), tl.load(at + 2), address
+    else:
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), address

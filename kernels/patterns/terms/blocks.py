@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -70,7 +70,7 @@ class Blocks(Pattern):
         return _cells(self.layout, "cpu").flatten()
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         block, rows, _, cells = numbers
         i_block, j_block = i // block, j // block

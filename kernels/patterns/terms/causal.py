@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import ANY_LENGTH, Pattern
 from kernels.patterns.parsing import constructor
 
@@ -26,7 +25,7 @@ class Causal(Pattern):
         return box.band(None, 0)
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         return j <= i
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.order import Order
 from kernels.patterns.parsing import at_least, constructor
@@ -60,7 +59,7 @@ class Dilated(Pattern):
         return self.left, self.right, self.step
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         left, right, step = numbers
         distance = i - j

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Not, Pattern
 from kernels.patterns.order import SEQUENCE, Order
 from kernels.patterns.parsing import at_least, constructor
@@ -89,7 +88,7 @@ class Summary(Pattern):
         return self.block, self.first, self.first + self.cells
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         block, first, last = numbers
         cell = j % block
@@ -133,7 +132,7 @@ class Fixed(Pattern):
         return self.summary.numbers
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         block, first, last = numbers
         cell = j % block

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -41,7 +40,7 @@ class GlobalTokens(Pattern):
         return (self.count,)
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, count):
         return (i < count) | (j < count)
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import constructor
 
@@ -25,7 +24,7 @@ class Others(Pattern):
         return ~box.band(0, 0)
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers):
         return i != j
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import ANY_LENGTH, Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -31,7 +30,7 @@ class Prefix(Pattern):
         return box.exact(some, (box.j_high <= box.i_low) | (box.j_high < self.count))
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, count):
         return (j <= i) | (j < count)
 

@@ -8,10 +8,10 @@ import functools
 from dataclasses import dataclass, field, replace
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import And, Not, Nothing, Pattern
 from kernels.patterns.bounds import Box, Known
 from kernels.patterns.descent import Grid, Runs, descend, settle
@@ -151,7 +151,7 @@ class RandomBlocks(Pattern):
         return self.draws(heads, length)[head].flatten().cpu()
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers, COUNT: tl.constexpr):
         block, size, draws = numbers
         first, j_block = i // block * COUNT, j // block

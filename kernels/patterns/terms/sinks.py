@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -28,7 +27,7 @@ class Sinks(Pattern):
         return box.exact(box.j_low < self.count, box.j_high < self.count)
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, count):
         return (i == i) & (j < count)
 

@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-import triton
-
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.order import Order
 from kernels.patterns.parsing import at_least, constructor
@@ -47,7 +46,7 @@ class Strided(Pattern):
         return (self.stride,)
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, stride):
         return (i - j) % stride == 0
 

@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-import triton
 import triton.language as tl
 
+from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -73,7 +73,7 @@ class Window(Pattern):
         return self.left, self.right, self.block
 
     @staticmethod
-    @triton.jit
+    @device_function
     def rule(i, j, numbers, BLOCKS: tl.constexpr):
         left, right, block = numbers
         if BLOCKS:
