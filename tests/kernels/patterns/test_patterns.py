@@ -17,7 +17,9 @@ from kernels.patterns import (
     others,
     parse,
     per_head,
+    prefix,
     random_blocks,
+    sinks,
     strided,
     summary,
     window,
@@ -46,6 +48,8 @@ terms = st.one_of(
         )
     ),
     st.just(others()),
+    sizes.map(prefix),
+    sizes.map(sinks),
     st.tuples(sizes, sizes, sizes).map(lambda s: random_blocks(s[0], block=s[1], seed=s[2])),
 )
 patterns = st.recursive(
@@ -77,6 +81,27 @@ def test_two_sided_window_and_global_tokens_are_symmetric():
         xxxx.
         x.xxx
         x..xx""")
+
+
+def test_a_prefix_is_seen_both_ways_and_the_rest_is_causal():
+    assert prefix(3).draw(5) == dedent("""\
+        xxx..
+        xxx..
+        xxx..
+        xxxx.
+        xxxxx""")
+    assert not prefix(3).is_causal
+    assert torch.equal(prefix(1).dense(9), causal().dense(9))
+
+
+def test_sinks_are_seen_by_all_and_see_no_more_than_others():
+    assert (causal() & (window(2) | sinks(1))).draw(5) == dedent("""\
+        x....
+        xx...
+        xxx..
+        x.xx.
+        x..xx""")
+    assert sinks(2).draw(4) == "xx..\nxx..\nxx..\nxx.."
 
 
 def test_block_window_follows_block_numbers():
