@@ -166,7 +166,7 @@ class Pattern:
         """Tiles that terms touch here and there, and this pattern without these terms.
 
         Args:
-            grid: a `kernels.patterns.descent.Grid`.
+            grid: a `kernels.patterns.grid.Grid`.
 
         Returns:
             Numbers of tiles ``(N,)`` (see `Grid.number`), ascending, and the pattern; None if there

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.patterns.descent import Grid, find, look
+from kernels.patterns.descent import find, look
+from kernels.patterns.grid import Grid
 from kernels.patterns.order import SEQUENCE, Order
 
 _COUNTED = 32  # tokens of a tile when cells are counted: few rows of tiles, few cells at the edges

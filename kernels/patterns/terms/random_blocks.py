@@ -14,9 +14,11 @@ from torch import Tensor
 from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import And, Not, Nothing, Pattern
 from kernels.patterns.bounds import Box, Known
-from kernels.patterns.descent import Grid, Runs, descend, settle
+from kernels.patterns.descent import descend, settle
+from kernels.patterns.grid import Grid
 from kernels.patterns.order import SEQUENCE
 from kernels.patterns.parsing import at_least, constructor
+from kernels.patterns.runs import Runs
 from kernels.patterns.terms.full import Full
 
 
