@@ -7,8 +7,14 @@ import torch
 from torch import Tensor
 
 from kernels.patterns import parse
-from kernels.patterns.algebra import And, Full, Or, Pattern
-from kernels.patterns.terms import Causal, Fixed, GlobalTokens, RandomBlocks, Strided, Window
+from kernels.patterns.algebra import And, Or, Pattern
+from kernels.patterns.terms.causal import Causal
+from kernels.patterns.terms.fixed import Fixed
+from kernels.patterns.terms.full import Full
+from kernels.patterns.terms.global_tokens import GlobalTokens
+from kernels.patterns.terms.random_blocks import RandomBlocks
+from kernels.patterns.terms.strided import Strided
+from kernels.patterns.terms.window import Window
 
 HEADS = 16
 TOKENS = 65_536  # batch times length, at every length
@@ -114,7 +120,7 @@ def _of(pattern: Pattern) -> MaskMod:
             return lambda b, h, i, j: (i < count) | (j < count)
         case Strided(stride=stride):
             return lambda b, h, i, j: (i - j) % stride == 0
-        case Fixed(length=length, cells=cells, sub_block=0):
+        case Fixed(block=length, cells=cells, sub_block=0):
             return lambda b, h, i, j: (i // length == j // length) | (j % length >= length - cells)
         case RandomBlocks():
             raise ValueError("a random plan is read from a table, see mask_mod")

@@ -7,9 +7,8 @@ from bench.peers import block_mask
 from bench.timing import inputs, wall_milliseconds
 from kernels.attend import launch, passes, work
 from kernels.attend.tuning import DIRECTIONS
-from kernels.patterns import random_blocks as random_blocks_module
-from kernels.patterns import terms
 from kernels.patterns.algebra import Pattern
+from kernels.patterns.terms import blocks, random_blocks
 
 
 def planning_times(case: Case, length: int, device: torch.device) -> dict:
@@ -70,7 +69,7 @@ def _cost(run) -> tuple[float, float]:
 def _forget_plans() -> None:
     """Empty what is kept of patterns and lists; compiled kernels stay."""
     Pattern.bound.cache_clear()
-    for module in (launch, passes, work, terms, random_blocks_module):
+    for module in (launch, passes, work, blocks, random_blocks):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
