@@ -12,8 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend.visit import (
+    documents_of,
     head_and_batch,
     is_whole,
+    narrowed,
     own_documents,
     part_number,
     positions_of,
@@ -22,7 +24,6 @@ from kernels.attend.visit import (
     store_part,
     work_item,
 )
-from kernels.common.documents import entries_of_documents
 from kernels.common.jit import kernel
 from kernels.common.loads import load_rows, load_tile, store_rows, token_of
 from kernels.common.softmax import LOG2_E
@@ -49,6 +50,10 @@ def dq_kernel(
     READ: tl.constexpr, SEEN: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of a tile of queries. The first pass of a chain also fills ``row_stats``."""
+    BLOCK_I: tl.constexpr = C.BLOCK_I
+    BLOCK_J: tl.constexpr = C.BLOCK_J
+    BLOCK_D: tl.constexpr = C.BLOCK_D
+    BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD)
     numbers = rule_numbers(table, head, table_stride, READ)
@@ -56,8 +61,8 @@ def dq_kernel(
 
     residue = row // rows
     q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
-    i = token_of(row % rows * C.BLOCK_I + tl.arange(0, C.BLOCK_I), q_order, C.Q_ORDER)
-    d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
+    i = token_of(row % rows * BLOCK_I + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_tile = load_rows(q, batch, head, i, num_queries, d, C.D)
     dout_tile = load_rows(dout, batch, head, i, num_queries, dv, C.DV)
     row_base = (batch * heads + head) * num_queries
@@ -77,29 +82,18 @@ def dq_kernel(
         tl.store(row_stats.lse2 + row_base + i, lse, mask=i < num_queries)
     dout_tile = dout_tile.to(q_tile.dtype)
     i_position = positions_of(q_position, batch, head, i, num_queries)
-    if documents is not None:
-        documents += batch * num_queries
+    documents = documents_of(documents, batch, num_queries)
     own = own_documents(documents, i, num_queries)
-    if documents is not None:
-        low, high = entries_of_documents(
-            lists.entries,
-            low,
-            high,
-            documents,
-            own[1],
-            own[2],
-            num_keys,
-            k_order,
-            C.BLOCK_J,
-            C.K_ORDER,
-        )
+    low, high = narrowed(
+        lists.entries, low, high, documents, own, num_keys, k_order, BLOCK_J, C.K_ORDER
+    )
 
-    acc = tl.zeros((C.BLOCK_I, C.BLOCK_D), tl.float32)
+    acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     upcoming = tl.load(lists.entries + low)
     for entry in tl.range(low, high, num_stages=C.STAGES):
         tile, upcoming = upcoming, tl.load(lists.entries + entry + 1)
-        index = (tile >> 1) * C.BLOCK_J
-        j = token_of(index + tl.arange(0, C.BLOCK_J), k_order, C.K_ORDER)
+        index = (tile >> 1) * BLOCK_J
+        j = token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
         k_tile = load_tile(
             k, k_boxes, batch, kv_head, index, k_order, j, num_keys, d, C.D, C.K_ORDER
         )
@@ -110,7 +104,7 @@ def dq_kernel(
         dweight = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         weight = tl.exp2(score * (scale * LOG2_E) - lse[:, None])
         dscore = weight * (dweight - shift[:, None])
-        last = token_of(index + C.BLOCK_J - 1, k_order, C.K_ORDER)
+        last = token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
         whole = is_whole(tile, documents, own, j, num_keys) & (last < num_keys)
         if whole == 0:
             j_position = positions_of(k_position, batch, kv_head, j, num_keys)
@@ -134,7 +128,7 @@ def dq_kernel(
         num_queries,
         d,
         C.CUT,
-        C.BLOCK_I,
+        BLOCK_I,
         C.D,
     )
 
@@ -153,58 +147,50 @@ def dkv_kernel(
     ``lists.head_of`` lists the key heads (None: all), and ``sharing (key heads, C.SHARED)`` the
     query heads of each, -1 where there are fewer (None: query head n has key head n).
     """
+    BLOCK_I: tl.constexpr = C.BLOCK_I
+    BLOCK_J: tl.constexpr = C.BLOCK_J
+    BLOCK_D: tl.constexpr = C.BLOCK_D
+    BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     # Rows and parts are the same for every head.
     row, low, high, part = work_item(lists.items, item, kv_head, work, False)
 
     residue = row // rows
     q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
-    j = token_of(row % rows * C.BLOCK_J + tl.arange(0, C.BLOCK_J), k_order, C.K_ORDER)
-    d, d_value = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
+    j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+    d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_tile = load_rows(k, batch, kv_head, j, num_keys, d, C.D)
     v_tile = load_rows(v, batch, kv_head, j, num_keys, d_value, C.DV)
     j_position = positions_of(k_position, batch, kv_head, j, num_keys)
-    if documents is not None:
-        documents += batch * num_queries
+    documents = documents_of(documents, batch, num_queries)
     own = own_documents(documents, j, num_keys)
 
-    dk_acc = tl.zeros((C.BLOCK_J, C.BLOCK_D), tl.float32)
-    dv_acc = tl.zeros((C.BLOCK_J, C.BLOCK_DV), tl.float32)
+    dk_acc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
+    dv_acc = tl.zeros((BLOCK_J, BLOCK_DV), tl.float32)
     for n in range(C.SHARED):
         head = kv_head
         if sharing is not None:
             head = tl.load(sharing + tl.program_id(0) // work % launch_heads * C.SHARED + n)
         if C.PER_HEAD:
             _, low, high, _ = work_item(lists.items, item, tl.maximum(head, 0), work, True)
-        first_entry, last_entry = low, tl.where(head < 0, low, high)
-        if documents is not None:
-            first_entry, last_entry = entries_of_documents(
-                lists.entries,
-                first_entry,
-                last_entry,
-                documents,
-                own[1],
-                own[2],
-                num_queries,
-                q_order,
-                C.BLOCK_I,
-                C.Q_ORDER,
-            )
+        first, last = narrowed(
+            lists.entries, low, tl.where(head < 0, low, high), documents, own, num_queries,
+            q_order, BLOCK_I, C.Q_ORDER)  # fmt: skip
         head = tl.maximum(head, 0)
         numbers = rule_numbers(table, head, table_stride, READ)
         row_base = (batch * heads + head) * num_queries
-        upcoming = tl.load(lists.entries + first_entry)
+        upcoming = tl.load(lists.entries + first)
         next_lse2, next_shift = _stats_of_entry(
-            row_stats, row_base, upcoming, num_queries, q_order, C.BLOCK_I, C.Q_ORDER
+            row_stats, row_base, upcoming, num_queries, q_order, BLOCK_I, C.Q_ORDER
         )
-        for entry in tl.range(first_entry, last_entry, num_stages=C.STAGES):
+        for entry in tl.range(first, last, num_stages=C.STAGES):
             tile, lse2, shift = upcoming, next_lse2, next_shift
             upcoming = tl.load(lists.entries + entry + 1)
             next_lse2, next_shift = _stats_of_entry(
-                row_stats, row_base, upcoming, num_queries, q_order, C.BLOCK_I, C.Q_ORDER
+                row_stats, row_base, upcoming, num_queries, q_order, BLOCK_I, C.Q_ORDER
             )
-            index = (tile >> 1) * C.BLOCK_I
-            i = token_of(index + tl.arange(0, C.BLOCK_I), q_order, C.Q_ORDER)
+            index = (tile >> 1) * BLOCK_I
+            i = token_of(index + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
             q_tile = load_tile(
                 q, q_boxes, batch, head, index, q_order, i, num_queries, d, C.D, C.Q_ORDER
             )
@@ -252,7 +238,7 @@ def dkv_kernel(
         num_keys,
         d,
         C.CUT,
-        C.BLOCK_J,
+        BLOCK_J,
         C.D,
     )
     write_gradient(
@@ -269,7 +255,7 @@ def dkv_kernel(
         num_keys,
         d_value,
         C.CUT,
-        C.BLOCK_J,
+        BLOCK_J,
         C.DV,
     )
 

@@ -4,8 +4,10 @@ import triton
 import triton.language as tl
 
 from kernels.attend.visit import (
+    documents_of,
     head_and_batch,
     is_whole,
+    narrowed,
     own_documents,
     part_number,
     positions_of,
@@ -14,7 +16,6 @@ from kernels.attend.visit import (
     store_part,
     work_item,
 )
-from kernels.common.documents import entries_of_documents
 from kernels.common.jit import kernel
 from kernels.common.loads import load_rows, load_tile, store_rows, token_of
 from kernels.common.softmax import LOG2_E, merge_pair, softmax_step
@@ -33,6 +34,10 @@ def forward_kernel(
     A whole row (part < 0) is written to ``out`` and ``lse``, merged with the pass before it if
     there was one (its output in ``previous``, its lse in ``lse``).
     """
+    BLOCK_I: tl.constexpr = C.BLOCK_I
+    BLOCK_J: tl.constexpr = C.BLOCK_J
+    BLOCK_D: tl.constexpr = C.BLOCK_D
+    BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD)
     numbers = rule_numbers(table, head, table_stride, READ)
@@ -40,40 +45,29 @@ def forward_kernel(
 
     residue = row // rows
     q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
-    i = token_of(row % rows * C.BLOCK_I + tl.arange(0, C.BLOCK_I), q_order, C.Q_ORDER)
-    d, dv = tl.arange(0, C.BLOCK_D), tl.arange(0, C.BLOCK_DV)
+    i = token_of(row % rows * BLOCK_I + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_tile = load_rows(q, batch, head, i, num_queries, d, C.D)
     i_position = positions_of(q_position, batch, head, i, num_queries)
-    if documents is not None:
-        documents += batch * num_queries
+    documents = documents_of(documents, batch, num_queries)
     own = own_documents(documents, i, num_queries)
-    if documents is not None:
-        low, high = entries_of_documents(
-            lists.entries,
-            low,
-            high,
-            documents,
-            own[1],
-            own[2],
-            num_keys,
-            k_order,
-            C.BLOCK_J,
-            C.K_ORDER,
-        )
+    low, high = narrowed(
+        lists.entries, low, high, documents, own, num_keys, k_order, BLOCK_J, C.K_ORDER
+    )
 
-    row_max = tl.full((C.BLOCK_I,), float("-inf"), tl.float32)
-    row_sum = tl.zeros((C.BLOCK_I,), tl.float32)
-    acc = tl.zeros((C.BLOCK_I, C.BLOCK_DV), tl.float32)
+    row_max = tl.full((BLOCK_I,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_I,), tl.float32)
+    acc = tl.zeros((BLOCK_I, BLOCK_DV), tl.float32)
     upcoming = tl.load(lists.entries + low)
     for entry in tl.range(low, high, num_stages=C.STAGES):
         tile, upcoming = upcoming, tl.load(lists.entries + entry + 1)
-        index = (tile >> 1) * C.BLOCK_J
-        j = token_of(index + tl.arange(0, C.BLOCK_J), k_order, C.K_ORDER)
+        index = (tile >> 1) * BLOCK_J
+        j = token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
         k_tile = load_tile(
             k, k_boxes, batch, kv_head, index, k_order, j, num_keys, d, C.D, C.K_ORDER
         )
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        last = token_of(index + C.BLOCK_J - 1, k_order, C.K_ORDER)
+        last = token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
         whole = is_whole(tile, documents, own, j, num_keys) & (last < num_keys)
         if whole == 0:
             j_position = positions_of(k_position, batch, kv_head, j, num_keys)
@@ -95,8 +89,8 @@ def forward_kernel(
     if C.CUT:
         if part >= 0:
             number = part_number(part, work, parts)
-            store_part(part_ptr, number, acc, dv, C.BLOCK_I, C.DV)
-            tl.store(part_lse_ptr + number * C.BLOCK_I + tl.arange(0, C.BLOCK_I), lse)
+            store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
+            tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
         else:
             write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
     else:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.common.documents import document_range, is_of_document
+from kernels.common.documents import document_range, entries_of_documents, is_of_document
 
 
 class Lists(NamedTuple):
@@ -66,12 +66,34 @@ def positions_of(position, batch, head, token, limit):
 
 
 @triton.jit
+def documents_of(documents, batch, length):
+    """The documents of one batch, None if there are none."""
+    if documents is None:
+        return None
+    else:
+        return documents + batch * length
+
+
+@triton.jit
 def own_documents(documents, token, limit):
     """``(document, first, last)`` of a program's own tokens; zeros if there are no documents."""
     if documents is None:
         return 0, 0, 0
     else:
         return document_range(documents, token, limit)
+
+
+@triton.jit
+def narrowed(entries, low, high, documents, own, limit, order, TILE: tl.constexpr,
+             ORDER: tl.constexpr):  # fmt: skip
+    """A row of entries without the tiles that hold none of a program's own documents."""
+    if documents is None:
+        return low, high
+    else:
+        _, first, last = own
+        return entries_of_documents(
+            entries, low, high, documents, first, last, limit, order, TILE, ORDER
+        )
 
 
 @triton.jit
