@@ -25,7 +25,8 @@ import triton
 
 from bench.compiling import SHARED_LIMIT, Compiled, compiled_for
 from bench.shipped import shipped_for
-from kernels.attend import launch, tuning
+from kernels.attend import launch, setup, tuning
+from kernels.attend.call import Call
 from kernels.attend.passes import Pass
 from kernels.attend.tuning import DIRECTIONS, DTYPES, HEAD_SIZES, Config, candidates
 from kernels.patterns import parse
@@ -37,11 +38,11 @@ EVERY_TERM = (
     " | per_head(window(3), strided(7), summary(4, 2)))"
 )
 COMMON = "causal() & (window(512) | global_tokens(16))"
-STRIDED = "causal() & (window(8) | strided(8))"  # tokens in residue classes, merged with a window
-UNEVEN = "causal() & (window(8) | strided(5))"  # the same, where the classes differ in length
+STRIDED = "causal() & (window(8) | strided(8))"  # tokens by residue, merged with a window
+UNEVEN = "causal() & (window(8) | strided(5))"  # the same, where the residues differ in length
 FIXED = "causal() & fixed(8, 2)"  # summary cells, gathered
 CUT_ROWS = "window(8, 8) | global_tokens(2)"  # rows of 64 tiles, cut and merged again
-KERNELS = {"forward": "forward_kernel", "queries": "query_kernel", "keys": "key_kernel"}
+KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel"}
 BEST_PATHS = ((80, False), (90, True))  # capability, and whether by the copy engine
 PATHS = (*BEST_PATHS, (90, False))
 LENGTH = 1024  # tokens: the longest tile, in the classes of a stride as well
@@ -141,11 +142,11 @@ def compile_variant(variant: Variant) -> list[Compiled] | str:
     torch.set_num_threads(1)
     safe = {d: candidates(d, variant.head_size, variant.dtype)[0] for d in DIRECTIONS}
     configs = safe | {variant.direction: variant.config}
-    passes = _one_pass if variant.one_pass else launch.chains
+    passes = _one_pass if variant.one_pass else setup.chains
     try:
         with (
             compiled_for(variant.capability, variant.copies) as kernels,
-            mock.patch.object(launch, "chains", passes),
+            mock.patch.object(setup, "chains", passes),
             tuning.forced(**configs),
         ):
             _call(variant)
@@ -165,12 +166,13 @@ def _call(variant: Variant) -> None:
     if variant.turned:
         q, k, v = (x.transpose(2, 3).contiguous().transpose(2, 3) for x in (q, k, v))
     documents = torch.zeros(1, variant.length, dtype=torch.int32) if variant.documents else None
-    call = launch.Call(parse(variant.pattern), variant.head_size**-0.5, documents)
+    scale = variant.head_size**-0.5
+    call = Call(parse(variant.pattern), scale, variant.dtype, documents).flatten()
     if variant.direction == "forward":
-        launch.forward(q, k, v, call, variant.dtype)
+        launch.forward(q, k, v, *call)
     else:
         lse = torch.zeros(q.shape[:3])
-        launch.backward(dout, None, q, k, v, out, lse, call)
+        launch.backward(dout, None, q, k, v, out, lse, *call)
 
 
 # ------------------------------------------------------------------------------ report

@@ -21,7 +21,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 from triton.runtime.jit import JITFunction
 
-from kernels.attend import launch
+from kernels.attend import descriptors
 
 # Bytes of shared memory that one program may use, by compute capability (A100; H100 and H200).
 SHARED_LIMIT = {80: 166_912, 90: 232_448}
@@ -104,7 +104,7 @@ def compiled_for(capability: int, copy_engine: bool) -> Iterator[list[Compiled]]
     triton.runtime.driver.set_active(AbsentCard(capability))
     with (
         mock.patch.object(JITFunction, "__getitem__", launcher),
-        mock.patch.object(launch, "_has_copy_engine", return_value=copy_engine),
+        mock.patch.object(descriptors, "has_copy_engine", return_value=copy_engine),
     ):
         yield results
     results += found.values()

@@ -5,7 +5,8 @@ import torch
 from bench.patterns import HEADS, TOKENS, Case
 from bench.peers import block_mask
 from bench.timing import inputs, wall_milliseconds
-from kernels.attend import launch, passes, work
+from kernels.attend import passes, setup, work
+from kernels.attend.call import Call
 from kernels.attend.tuning import DIRECTIONS
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.terms import blocks, random_blocks
@@ -17,14 +18,13 @@ def planning_times(case: Case, length: int, device: torch.device) -> dict:
     Ours plans all directions and heads (a random plan for each); a block mask serves all heads.
     """
     q, k, v, _ = inputs(length, HEADS, case.head_size, TOKENS, device)
-    call = launch.Call(case.pattern, case.head_size**-0.5)
+    call = Call(case.pattern, case.head_size**-0.5, q.dtype)
 
     def ours() -> None:
-        launcher = launch._Launcher(q, k, v, call)
-        for chain in launcher.chains:
+        for chain in setup.chains_of(case.pattern, HEADS, length, False):
             for part in chain:
                 for direction in DIRECTIONS:
-                    launcher._setup(part, direction)
+                    setup.setup_of(part, direction, q, k, v, call)
 
     row = {"pattern": case.name, "length": length}
     ours()  # so that nothing is imported or compiled inside the clock
@@ -69,7 +69,7 @@ def _cost(run) -> tuple[float, float]:
 def _forget_plans() -> None:
     """Empty what is kept of patterns and lists; compiled kernels stay."""
     Pattern.bound.cache_clear()
-    for module in (launch, passes, work, blocks, random_blocks):
+    for module in (setup, passes, work, blocks, random_blocks):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()

@@ -23,7 +23,7 @@ import torch
 
 from bench import large
 from bench.shipped import shipped_for
-from kernels.attend import launch, trial, tuning
+from kernels.attend import descriptors, trial, tuning
 from kernels.attend.tuning import DIRECTIONS, DTYPES, HEAD_SIZES, Config, candidates
 
 PROCESSES = 16  # each has a context of about half a GiB on the card
@@ -60,7 +60,7 @@ def run_check(check: Check) -> tuple[str, str]:
     safe = {d: candidates(d, check.head_size, dtype)[0] for d in DIRECTIONS}
     try:
         with (
-            mock.patch.object(launch, "_has_copy_engine", return_value=check.copies),
+            mock.patch.object(descriptors, "has_copy_engine", return_value=check.copies),
             tuning.forced(**safe | {check.direction: check.config}),
         ):
             errors = trial.compare(check.head_size, dtype, device)

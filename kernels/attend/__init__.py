@@ -4,6 +4,8 @@ import torch
 from torch import Tensor
 
 from kernels.attend import operator, reference, sdpa
+from kernels.attend.call import Call
+from kernels.attend.work import ListedWork
 from kernels.common.dispatch import Implementation, choose
 from kernels.patterns import Pattern
 from kernels.patterns.tiles import TileList
@@ -73,21 +75,19 @@ def attend(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if not scale > 0:
         raise ValueError(f"scale must be positive, got {scale}; change the sign of q instead.")
-    out_dtype = out_dtype or q.dtype
+    call = Call(
+        pattern, scale, out_dtype or q.dtype, documents, q_position, k_position, tiles
+    )  # fmt: skip
     if implementation == "auto" and documents is None and tiles is None:
         same = sdpa.equal_pattern(pattern, q.shape[2])
-        if same is not None and sdpa.can_run(q, k, v, out_dtype):
-            return sdpa.attend(q, k, v, same, scale)
-    if choose(implementation, q.device, q.dtype) == "fused":
-        _check_kernel_takes(q, v, tiles)
-        return operator.attend(
-            q, k, v, pattern, scale, documents, q_position, k_position, tiles, out_dtype
-        )
-    mask = reference.Mask(
-        pattern, q.shape[1], q.shape[2], k.shape[2], q.device,
-        documents, q_position, k_position, tiles,
-    )  # fmt: skip
-    return reference.attend(q, k, v, mask, scale, out_dtype)
+        if same is not None and sdpa.can_run(q, k, v, call.out_dtype):
+            return sdpa.attend(q, k, v, call._replace(pattern=same))
+    if choose(implementation, q.device, q.dtype) == "reference":
+        return reference.attend(q, k, v, call)
+    _check_kernel_takes(q, v, tiles)
+    if tiles is not None:
+        call = call._replace(listed=ListedWork.of(tiles, q.device))
+    return operator.attend(q, k, v, *call.flatten())
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -162,16 +162,16 @@ def _check_kernel_takes(q: Tensor, v: Tensor, tiles: TileList | None) -> None:
 
 
 def _check_positions(q, k, documents, q_position, k_position, tiles) -> None:
-    B, heads, queries = q.shape[:3]
-    keys = k.shape[2]
-    if documents is not None and (documents.shape != (B, queries) or queries != keys):
+    B, heads, num_queries = q.shape[:3]
+    num_keys = k.shape[2]
+    if documents is not None and (documents.shape != (B, num_queries) or num_queries != num_keys):
         raise ValueError(
             f"documents must be (B, L) with as many queries as keys, "
-            f"got {tuple(documents.shape)} for B={B}, {queries} queries and {keys} keys."
+            f"got {tuple(documents.shape)} for B={B}, {num_queries} queries and {num_keys} keys."
         )
     for name, position, shape in (
-        ("q_position", q_position, (B, heads, queries)),
-        ("k_position", k_position, (B, k.shape[1], keys)),
+        ("q_position", q_position, (B, heads, num_queries)),
+        ("k_position", k_position, (B, k.shape[1], num_keys)),
     ):
         if position is None:
             continue
@@ -182,9 +182,10 @@ def _check_positions(q, k, documents, q_position, k_position, tiles) -> None:
         if tiles is None:
             raise ValueError(f"{name} needs `tiles` over the storage order, got tiles=None.")
     if tiles is not None:
-        needed = tuple(-(-n // t) for n, t in zip((queries, keys), tiles.tile, strict=True))
+        lengths = num_queries, num_keys
+        needed = tuple(-(-n // t) for n, t in zip(lengths, tiles.tile, strict=True))
         if tiles.shape != needed or tiles.heads not in (1, heads):
             raise ValueError(
-                f"tiles of {tiles.tile} over {queries} queries and {keys} keys must number "
+                f"tiles of {tiles.tile} over {num_queries} queries and {num_keys} keys must number "
                 f"{needed} for 1 or {heads} heads, got {tiles.shape} for {tiles.heads}."
             )

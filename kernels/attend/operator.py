@@ -1,91 +1,62 @@
 """The fused kernels as operators of torch: `torch.compile` and autograd see one node each way.
 
-An operator takes tensors and numbers, so the pattern travels as its encoded text, and a tile list
-as its tensors. A plan is found again by the text.
+``attend(q, k, v, *call.flatten())`` is differentiable. `torch.library.custom_op`
+would do the same with twice the Python frames and four times the host's time of a call.
 """
 
-import functools
-
 import torch
-from torch import library
+from torch import Tensor, library
 
 from kernels.attend import launch
-from kernels.patterns import Pattern, parse
-from kernels.patterns.tiles import TileList
+from kernels.attend.call import SCHEMA
 
-# The arguments behind q, k and v that both directions share.
-_REST = (
-    "Tensor pattern, float scale, Tensor? documents, Tensor? q_position, Tensor? k_position, "
-    "Tensor? tile_offsets, Tensor? tile_keys, Tensor? tile_full, int[] tile_sizes"
+_FORWARD = f"attend(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
+_BACKWARD = (
+    "attend_backward(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+    f"Tensor lse, {SCHEMA}) -> (Tensor, Tensor, Tensor)"
 )
 
 
-def attend(q, k, v, pattern: Pattern, scale, documents, q_position, k_position, tiles, out_dtype):
-    """``(out, lse)`` of checked arguments, differentiable: see ``kernels.attend.attend``."""
-    listed = (None, None, None, [])
-    if tiles is not None:
-        listed = (tiles.offsets, tiles.keys, tiles.full, [*tiles.shape, *tiles.tile])
-    rest = (pattern.encoded, scale, documents, q_position, k_position, *listed)
-    return torch.ops.strider.attend(q, k, v, *rest, out_dtype)
+class _Attend(torch.autograd.Function):
+    """The forward operator with its gradient: what it runs under autograd."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, *arguments):
+        with torch._C._AutoDispatchBelowAutograd():
+            out, lse = attend(q, k, v, *arguments)
+        tensors = [x if isinstance(x, Tensor) else None for x in arguments]
+        ctx.save_for_backward(q, k, v, out, lse, *tensors)
+        ctx.plain = [None if isinstance(x, Tensor) else x for x in arguments]
+        ctx.set_materialize_grads(False)
+        return out, lse
+
+    @staticmethod
+    def backward(ctx, dout, dlse):
+        q, k, v, out, lse, *tensors = ctx.saved_tensors
+        arguments = [p if t is None else t for t, p in zip(tensors, ctx.plain, strict=True)]
+        dout = torch.zeros_like(out) if dout is None else dout
+        grads = attend_backward(dout, dlse, q, k, v, out, lse, *arguments)
+        return *grads, *(None for _ in arguments)
 
 
-@functools.lru_cache(maxsize=1024)
-def _decoded(text: bytes) -> Pattern:
-    return parse(text.decode())
+def _fake_forward(q, k, v, text, scale, out_dtype, *rest):
+    return launch.empty_output(q, v, out_dtype), launch.empty_lse(q)
 
 
-def _call(pattern, scale, documents, q_position, k_position, offsets, keys, full, sizes):
-    tiles = None
-    if offsets is not None:
-        tiles = TileList(offsets, keys, full, tuple(sizes[:2]), tuple(sizes[2:]))
-    documents = documents if documents is None else documents.contiguous()
-    pattern = _decoded(pattern.numpy().tobytes())
-    return launch.Call(pattern, scale, documents, q_position, k_position, tiles)
-
-
-@library.custom_op(
-    "strider::attend", mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_REST}, ScalarType out_dtype) -> (Tensor, Tensor)",
-)  # fmt: skip
-def _forward(q, k, v, *rest):
-    return launch.forward(q, k, v, _call(*rest[:-1]), rest[-1])
-
-
-@_forward.register_fake
-def _(q, k, v, *rest):
-    out = launch.empty_output(q, v, rest[-1])
-    return out, q.new_empty(q.shape[:3], dtype=torch.float32)
-
-
-@library.custom_op(
-    "strider::attend_backward", mutates_args=(),
-    schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
-    f"{_REST}) -> (Tensor, Tensor, Tensor)",
-)  # fmt: skip
-def _backward(dout, dlse, q, k, v, out, lse, *rest):
-    dlse = dlse if dlse is None else dlse.contiguous()
-    return launch.backward(dout, dlse, q, k, v, out, lse, _call(*rest))
-
-
-@_backward.register_fake
-def _(dout, dlse, q, k, v, out, lse, *rest):
+def _fake_backward(dout, dlse, q, k, v, *rest):
     return tuple(map(launch.empty_gradient, (q, k, v)))
 
 
-def _keep(ctx, inputs, output):
-    q, k, v, pattern, scale, *tensors, sizes, _ = inputs
-    ctx.save_for_backward(q, k, v, *output, pattern, *tensors)
-    ctx.plain = scale, sizes
-    ctx.set_materialize_grads(False)
+_library = library.Library("strider", "FRAGMENT")  # the operators live as long as this does
+for _schema, _run, _fake in (
+    (_FORWARD, launch.forward, _fake_forward),
+    (_BACKWARD, launch.backward, _fake_backward),
+):
+    _name = _library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    for _device in ("CPU", "CUDA"):
+        _library.impl(_name, _run, _device)
+    library.register_fake(f"strider::{_name}", _fake, lib=_library)
+_library.impl("attend", _Attend.apply, "Autograd")
 
-
-def _gradients(ctx, dout, dlse):
-    q, k, v, out, lse, pattern, *tensors = ctx.saved_tensors
-    scale, sizes = ctx.plain
-    dout = torch.zeros_like(out) if dout is None else dout
-    rest = (pattern, scale, *tensors, sizes)
-    grads = torch.ops.strider.attend_backward(dout, dlse, q, k, v, out, lse, *rest)
-    return (*grads, *(None for _ in range(10)))
-
-
-_forward.register_autograd(_gradients, setup_context=_keep)
+attend = torch.ops.strider.attend.default
+attend_backward = torch.ops.strider.attend_backward.default

@@ -5,34 +5,28 @@ backward pass computes the probabilities of a chunk again: memory is O(chunk x L
 """
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from kernels.attend.call import Call
 from kernels.patterns import Pattern
-from kernels.patterns.tiles import TileList
 
-CHUNK = {
-    "cpu": 64,
-    "cuda": 256,
-}  # queries: a short chunk gathers few keys, a long one fills a GPU
+CHUNK = {"cpu": 64, "cuda": 256}  # queries: a short chunk gathers few keys, a long one fills a GPU
 KEPT_CELLS = 2**26  # of one pattern's mask, 64 MiB; evaluating it takes a third of the time
 
 
 @torch.compiler.disable
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: "Mask", scale: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
     """``kernels.attend.attend`` after its checks; computes in float32, or float64 for float64."""
     dtype = torch.promote_types(q.dtype, torch.float32)
-    group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(group, dim=1) for x in (k, v))
+    kv_group = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(kv_group, dim=1) for x in (k, v))
     q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
-    out, lse = _Attend.apply(q, k, v, mask, scale)
-    return out.to(out_dtype), lse
+    out, lse = _Attend.apply(q, k, v, call)
+    return out.to(call.out_dtype), lse
 
 
 def _without_autocast(function):
@@ -49,20 +43,20 @@ def _without_autocast(function):
 class _Attend(torch.autograd.Function):
     @staticmethod
     @_without_autocast
-    def forward(ctx, q, k, v, mask, scale):
+    def forward(ctx, q, k, v, call):
         out = v.new_empty(*q.shape[:3], v.shape[3])
         lse = q.new_empty(q.shape[:3])
-        for rows, columns, visible in mask.chunks():
+        for rows, columns, visible in _chunks(call, q, k):
             unseen = ~visible.any(dim=2)
             k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
-            score = _scores(q[:, :, rows], k_chunk, visible, scale)
+            score = _scores(q[:, :, rows], k_chunk, visible, call.scale)
             largest = score.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
             weight = score.sub_(largest).exp_()  # 0 where nothing is visible: exp(-inf)
             total = weight.sum(dim=-1, keepdim=True)
             out[:, :, rows] = weight @ v_chunk / total.masked_fill(total == 0, 1)
             lse[:, :, rows] = (largest + total.log())[..., 0]
         ctx.save_for_backward(q, k, v, out, lse)
-        ctx.mask, ctx.scale = mask, scale
+        ctx.call = call
         return out, lse
 
     @staticmethod
@@ -75,105 +69,83 @@ class _Attend(torch.autograd.Function):
         lse = lse.masked_fill(blind, float("inf"))
         # dS = P (dP - (delta - dlse)), with delta = sum of dout * out over Dv.
         shift = ((dout * out).sum(dim=-1) - dlse).masked_fill(blind, 0)
-        for rows, columns, visible in ctx.mask.chunks():
+        for rows, columns, visible in _chunks(ctx.call, q, k):
             unseen = ~visible.any(dim=2)
             k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
-            score = _scores(q[:, :, rows], k_chunk, visible, ctx.scale)
+            score = _scores(q[:, :, rows], k_chunk, visible, ctx.call.scale)
             p = score.sub_(lse[:, :, rows, None]).exp_()
             dp = dout[:, :, rows] @ v_chunk.mT
-            ds = p * dp.sub_(shift[:, :, rows, None]) * ctx.scale
+            ds = p * dp.sub_(shift[:, :, rows, None]) * ctx.call.scale
             ds.masked_fill_(~visible, 0)  # 0 * inf, where an unseen value is huge
             dq[:, :, rows] = ds @ k_chunk
             _scatter_add(dk, columns, ds.mT @ q[:, :, rows])
             _scatter_add(dv, columns, p.mT @ dout[:, :, rows])
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None
 
 
 def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
     return (q @ k.mT).mul_(scale).masked_fill_(~visible, float("-inf"))
 
 
-@dataclass(frozen=True, eq=False)
-class Mask:
-    """What is visible, chunk of queries by chunk."""
+def _chunks(call: Call, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """What is visible, chunk of queries by chunk; keys have as many heads as queries here.
 
-    pattern: Pattern
-    heads: int
-    queries: int
-    keys: int
-    device: torch.device
-    documents: Tensor | None  # (B, L)
-    q_position: Tensor | None  # (B | 1, H | 1, Lq)
-    k_position: Tensor | None  # (B | 1, Hkv | 1, Lk)
-    tiles: TileList | None
+    Yields ``rows``, ``columns (H | 1, K)`` and ``visible (B | 1, H | 1, rows, K)``: no key outside
+    of ``columns`` is visible to any of the rows.
+    """
+    heads, num_queries, num_keys, device = q.shape[1], q.shape[2], k.shape[2], q.device
+    size = CHUNK[device.type]
+    starts = range(0, num_queries, size)
+    if call.q_position is None and call.k_position is None:
+        columns, visible = _pattern_chunks(
+            call.pattern, heads, num_queries, num_keys, size, str(device)
+        )
+    else:
+        columns = [torch.arange(num_keys, device=device)[None]] * len(starts)
+        visible = None
+    is_kept = visible is not None and call.documents is None and call.tiles is None
+    evaluate = None if is_kept else _visibility(call, heads, max(num_queries, num_keys), device)
+    for n, start in enumerate(starts):
+        rows = slice(start, min(start + size, num_queries))
+        yield rows, columns[n], visible[n] if is_kept else evaluate(rows, columns[n])
 
-    def chunks(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield ``rows``, ``columns (H | 1, K)`` and ``visible (B | 1, H | 1, rows, K)``.
 
-        No key outside ``columns`` is visible to any of the rows.
-        """
-        size = CHUNK[self.device.type]
-        starts = range(0, self.queries, size)
-        if self.q_position is None and self.k_position is None:
-            columns, visible = _pattern_chunks(
-                self.pattern,
-                self.heads,
-                self.queries,
-                self.keys,
-                size,
-                str(self.device),
-            )
-        else:
-            columns = [torch.arange(self.keys, device=self.device)[None]] * len(starts)
-            visible = None
-        kept = visible is not None and self.documents is None and self.tiles is None
-        for n, start in enumerate(starts):
-            rows = slice(start, min(start + size, self.queries))
-            yield (
-                rows,
-                columns[n],
-                visible[n] if kept else self._visible(rows, columns[n]),
-            )
+def _visibility(
+    call: Call, heads: int, length: int, device: torch.device
+) -> Callable[[slice, Tensor], Tensor]:  # fmt: skip
+    """A function of ``rows`` and ``columns (H | 1, K)`` that tells the visible cells of a chunk.
 
-    def _visible(self, rows: slice, columns: Tensor) -> Tensor:
-        storage_i = torch.arange(rows.start, rows.stop, device=self.device)[None, None, :, None]
+    Args:
+        length: the most that there are of queries or keys.
+    """
+    pattern, documents, tiles = call.pattern, call.documents, call.tiles
+    positions = [p for p in (call.q_position, call.k_position) if p is not None]
+    length = max([length, *(1 + int(p.max()) for p in positions)])
+    layout = tiles.layout().to(device) if tiles is not None else None
+    k_position = call.k_position
+    if k_position is not None and k_position.shape[1] > 1:  # one for each query head
+        k_position = k_position.repeat_interleave(heads // k_position.shape[1], dim=1)
+    head = torch.arange(heads)[None, :, None, None] if pattern.differs_by_head else 0
+
+    def visible(rows: slice, columns: Tensor) -> Tensor:
+        storage_i = torch.arange(rows.start, rows.stop, device=device)[None, None, :, None]
         storage_j = columns[None, :, None, :]
-        i = storage_i if self.q_position is None else self.q_position[:, :, rows, None]
-        j = storage_j if self.k_position is None else self._spread(self.k_position)[:, :, None]
-        head = torch.arange(self.heads)[None, :, None, None] if self.pattern.differs_by_head else 0
-        visible = self.pattern.visible(i, j, head, length=self._length)
-        if self.documents is not None:
-            of_query = self.documents[:, None, rows, None]
-            visible = visible & (of_query == self.documents[:, columns][:, :, None])
-        if self.tiles is not None:
-            row = torch.arange(self.tiles.heads, device=self.device)[None, :, None, None]
-            tile_i, tile_j = (
-                storage_i // self.tiles.tile[0],
-                storage_j // self.tiles.tile[1],
-            )
-            visible = visible & self._layout[row, tile_i, tile_j]
-        return visible
+        i = storage_i if call.q_position is None else call.q_position[:, :, rows, None]
+        j = storage_j if k_position is None else k_position[:, :, None]
+        seen = pattern.visible(i, j, head, length=length)
+        if documents is not None:
+            seen = seen & (documents[:, None, rows, None] == documents[:, columns][:, :, None])
+        if tiles is not None:
+            row = torch.arange(tiles.heads, device=device)[None, :, None, None]
+            seen = seen & layout[row, storage_i // tiles.tile[0], storage_j // tiles.tile[1]]
+        return seen
 
-    @functools.cached_property
-    def _length(self) -> int:
-        """Tokens of the sequence that queries and keys are from."""
-        last = max(self.queries, self.keys) - 1
-        positions = [p for p in (self.q_position, self.k_position) if p is not None]
-        return 1 + max([last, *(int(p.max()) for p in positions)])
-
-    @functools.cached_property
-    def _layout(self) -> Tensor:
-        return self.tiles.layout().to(self.device)
-
-    def _spread(self, position: Tensor) -> Tensor:
-        """Positions of the key heads, one for each query head that shares them."""
-        heads = position.shape[1]
-        return position if heads == 1 else position.repeat_interleave(self.heads // heads, dim=1)
+    return visible
 
 
 @functools.lru_cache(maxsize=48)
 def _pattern_chunks(
-    pattern: Pattern, heads: int, queries: int, keys: int, chunk: int, device: str
+    pattern: Pattern, heads: int, num_queries: int, num_keys: int, chunk: int, device: str
 ) -> tuple[list[Tensor], list[Tensor] | None]:
     """For every chunk of queries the keys that it sees, and which cells those are.
 
@@ -183,10 +155,12 @@ def _pattern_chunks(
         (1, heads | 1, rows, K)`` of each, or None if that would be more than ``KEPT_CELLS``.
     """
     head = torch.arange(heads)[:, None, None] if pattern.differs_by_head else 0
-    j = torch.arange(keys, device=device)[None, None, :]
+    j = torch.arange(num_keys, device=device)[None, None, :]
     columns, visible, cells = [], [], 0
-    for i in torch.arange(queries, device=device)[None, :, None].split(chunk, dim=1):
-        seen = pattern.visible(i, j, head, length=max(queries, keys))  # (heads | 1, rows, Lk)
+    for i in torch.arange(num_queries, device=device)[None, :, None].split(chunk, dim=1):
+        seen = pattern.visible(
+            i, j, head, length=max(num_queries, num_keys)
+        )  # (heads | 1, rows, Lk)
         live = seen.any(dim=1)
         most = max(int(live.sum(dim=1).max()), 1)
         columns.append(live.int().argsort(dim=1, descending=True, stable=True)[:, :most])

@@ -5,6 +5,8 @@ import functools
 import torch
 from torch import Tensor
 
+from kernels.attend import operator
+from kernels.attend.call import Call
 from kernels.patterns import causal, full
 from kernels.patterns.algebra import Pattern
 
@@ -33,37 +35,39 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> bool:
     )
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, scale: float):
-    """``(out, lse)``, both differentiable: torch's kernels give no gradient of the lse."""
-    is_causal = pattern == causal()
+def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, both differentiable: torch's kernels give no gradient of the lse.
+
+    The pattern of the call is ``causal()`` or ``full()``.
+    """
+    is_causal = call.pattern == causal()
     if _has_cudnn(q.device):
         found = torch.ops.aten._scaled_dot_product_cudnn_attention(
-            q, k, v, None, True, 0.0, is_causal, False, scale=scale
+            q, k, v, None, True, 0.0, is_causal, False, scale=call.scale
         )
     else:
         found = torch.ops.aten._scaled_dot_product_flash_attention(
-            q, k, v, 0.0, is_causal, False, scale=scale
+            q, k, v, 0.0, is_causal, False, scale=call.scale
         )
     out, lse = found[0], found[1].detach().reshape(q.shape[:3])
-    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, pattern.encoded, scale)
+    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, *call.flatten())
 
 
 class _LogSumExp(torch.autograd.Function):
     """The lse as it is, and its gradient by the fused kernels, if anything asks for it."""
 
     @staticmethod
-    def forward(ctx, q, k, v, out, lse, encoded: Tensor, scale: float):
-        ctx.save_for_backward(q, k, v, out, lse, encoded)
-        ctx.scale = scale
+    def forward(ctx, q, k, v, out, lse, *arguments):
+        ctx.save_for_backward(q, k, v, out, lse)
+        ctx.arguments = arguments  # none of them is a tensor of the model
         return lse.view_as(lse)
 
     @staticmethod
     def backward(ctx, dlse):
-        q, k, v, out, lse, encoded = ctx.saved_tensors
+        q, k, v, out, lse = ctx.saved_tensors
         nothing = torch.zeros_like(out)
-        rest = (encoded, ctx.scale, None, None, None, None, None, None, [])
-        grads = torch.ops.strider.attend_backward(nothing, dlse, q, k, v, out, lse, *rest)
-        return (*grads, None, None, None, None)
+        grads = operator.attend_backward(nothing, dlse, q, k, v, out, lse, *ctx.arguments)
+        return *grads, None, None, *(None for _ in ctx.arguments)
 
 
 @functools.cache

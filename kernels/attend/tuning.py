@@ -24,7 +24,7 @@ from kernels.common.interpreter import INTERPRETED
 
 log = logging.getLogger(__name__)
 
-DIRECTIONS = ("forward", "queries", "keys")
+DIRECTIONS = ("forward", "dq", "dkv")
 ROWS = ("short", "long")  # few tiles a row, as in a window, or many, as in dense attention
 LONG = 2048  # tokens that a row of a long list visits on average
 HEAD_SIZES = (16, 32, 64, 128, 256)  # a head is padded to the next of these
@@ -58,7 +58,7 @@ def candidates(direction: str, head_size: int, dtype: torch.dtype) -> list[Confi
         return [Config(*tile, stages) for stages in (1, 2) for tile in tiles]
     if head_size == 256:
         tiles = [(64, 32, 4), (32, 64, 4), (64, 64, 8), (128, 32, 8)]
-    elif direction == "keys":
+    elif direction == "dkv":
         tiles = [(32, 64, 4), (64, 64, 4), (128, 64, 4), (64, 128, 8), (32, 128, 8)]
     else:
         tiles = [(64, 64, 4), (64, 128, 4), (64, 32, 4), (128, 64, 8), (128, 128, 8)]
@@ -71,7 +71,7 @@ def config_for(
     """The configuration of a kernel.
 
     Args:
-        direction: "forward", "queries" (dQ) or "keys" (dK and dV).
+        direction: "forward", "dq", or "dkv" (gradients of keys and values).
         head_size: the larger of D and Dv.
         rows: "short" or "long", what a program has to visit.
     """
@@ -79,7 +79,7 @@ def config_for(
     if direction in _forced:
         return _forced[direction]
     if INTERPRETED:
-        return Config(32, 64 if direction == "keys" else 32, 4, 1)
+        return Config(32, 64 if direction == "dkv" else 32, 4, 1)
     table = tuned(torch.cuda.get_device_name(device))
     name = str(dtype).removeprefix("torch.")
     if name not in table or str(padded) not in table[name]:
@@ -128,6 +128,8 @@ def tuned(card: str) -> dict:
     if file.exists():
         for dtype, sizes in json.loads(file.read_text()).items():
             for size, configs in sizes.items():
+                if any(set(of_rows) != set(DIRECTIONS) for of_rows in configs.values()):
+                    continue  # tuned by an older version, whose kernels had other names
                 known.setdefault(dtype, {}).setdefault(size, configs)
     return known
 

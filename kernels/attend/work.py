@@ -10,8 +10,8 @@ from kernels.attend.passes import Pass
 from kernels.patterns.rule import Rule, rule_of, table_of
 from kernels.patterns.tiles import TileList, list_tiles
 
-# A row is cut into pieces of so many mean rows, but of no fewer tiles than this.
-PIECE_ROWS, PIECE_TILES = 2, 16
+# A row is cut into parts of so many mean rows, but of no fewer tiles than this.
+PART_ROWS, PART_TILES = 2, 16
 ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
 
 
@@ -20,22 +20,22 @@ class Work:
     """A tile list as a kernel reads it: items for its programs, and the entries that they visit.
 
     Args:
-        items: ``(heads or 1, work, 4)`` int32: row, first and last entry, and a slot for the result
-            of a piece of a row (-1 for a whole row). Rows and slots are the same in every head.
-        cut: ``(cut rows, 3)`` int32: row, first slot, pieces.
-        slots: pieces of all cut rows.
+        items: ``(heads or 1, work, 4)`` int32: row, first and last entry, and the part that the
+            result is (-1 for a whole row). Rows and parts are the same in every head.
+        cut: ``(cut rows, 3)`` int32: row, first part, parts; no parts where it is filled up.
         entries: tile number times two, plus one if the whole tile is visible, int32; one more at
             the end, because kernels read an entry ahead.
-        rows: tiles of one group.
-        tile_rows: rows of the list, over the groups and heads.
+        parts: of all cut rows.
+        rows: tiles of one residue.
+        list_rows: rows of the list, over the residues and heads.
     """
 
     items: Tensor
     cut: Tensor
-    slots: int
     entries: Tensor
+    parts: int
     rows: int
-    tile_rows: int
+    list_rows: int
 
     def __len__(self) -> int:
         """Programs of one batch and head."""
@@ -53,38 +53,91 @@ class Work:
     @property
     def mean_tiles(self) -> float:
         """Tiles that a row visits."""
-        return (len(self.entries) - 1) / self.tile_rows
+        return (len(self.entries) - 1) / self.list_rows
+
+    def trimmed(self) -> "Work":
+        """The same without what only fills it up; waits for the device of the list."""
+        cuts, parts = int((self.cut[:, 2] > 0).sum()), int(self.cut[:, 2].sum())
+        work = self.list_rows // len(self.items) + parts - cuts
+        items = self.items[:, :work].contiguous()
+        return replace(self, items=items, cut=self.cut[:cuts], parts=parts)
+
+    def to(self, device: torch.device) -> "Work":
+        moved = {name: getattr(self, name).to(device) for name in ("items", "cut", "entries")}
+        return replace(self, **moved)
 
 
-def make_work(tiles: TileList, device: torch.device) -> Work:
-    """Cut rows with many tiles into pieces, longest rows first."""
+@dataclass(frozen=True, eq=False)
+class ListedWork:
+    """A tile list of the caller's as the kernels of both directions read it, made once for a step.
+
+    Args:
+        tile: tokens of a tile of (queries, keys).
+        rows: work whose rows are tiles of queries.
+        columns: work whose rows are tiles of keys.
+    """
+
+    tile: tuple[int, int]
+    rows: Work
+    columns: Work
+
+    @classmethod
+    def of(cls, tiles: TileList, device: torch.device) -> "ListedWork":
+        """Prepare a list without waiting for the GPU: sizes are bounds that the host knows."""
+        rows, columns = (make_work(x).to(device) for x in (tiles, tiles.inverse()))
+        return cls(tiles.tile, rows, columns)
+
+    def flatten(self) -> tuple:
+        """Tensors, and a list of numbers, as an operator takes them."""
+        a, b = self.rows, self.columns
+        sizes = [*self.tile, a.parts, a.rows, a.list_rows, b.parts, b.rows, b.list_rows]
+        return a.items, a.cut, a.entries, b.items, b.cut, b.entries, sizes
+
+    @classmethod
+    def rebuild(cls, *flat) -> "ListedWork":
+        """What was flattened."""
+        *tensors, (tile_i, tile_j, *sizes) = flat
+        return cls(
+            (tile_i, tile_j), Work(*tensors[:3], *sizes[:3]), Work(*tensors[3:], *sizes[3:])
+        )  # fmt: skip
+
+
+def make_work(tiles: TileList) -> Work:
+    """Cut rows with many tiles into parts, longest rows first.
+
+    How many rows are cut is known to the device alone. So there is room for as many items and parts
+    as there can be, and programs without a row of their own write to a part that nobody reads.
+    """
     total, heads = tiles.shape[0], tiles.heads
     start = tiles.offsets[:-1].view(heads, total).long()
     count = tiles.offsets.diff().view(heads, total)
     longest = count.amax(dim=0)
-    most = max(PIECE_TILES, PIECE_ROWS * (len(tiles) // (total * heads) + 1))
+    most = max(PART_TILES, PART_ROWS * (len(tiles) // (total * heads) + 1))
+    # Parts behind the first one of a row: each but the last of a row has `most` tiles.
+    extra = min(len(tiles) // most, total * ((tiles.shape[1] - 1) // most))
+    most_cuts = min(total, extra)
     row = longest.argsort(descending=True, stable=True)
-    pieces = ((longest[row] + most - 1) // most).clamp(min=1)
-    slots = torch.where(pieces > 1, pieces, 0).cumsum(0)
-    first_slot = torch.where(pieces > 1, slots - pieces, -1)
-    cut = torch.stack((row, first_slot, pieces), dim=1)[pieces > 1]
-    which = torch.repeat_interleave(pieces)
-    piece = torch.arange(len(which), device=row.device) - (pieces.cumsum(0) - pieces)[which]
-    row, pieces, first_slot = row[which], pieces[which], first_slot[which]
-    slot = torch.where(first_slot < 0, -1, first_slot + piece)
-    low = start[:, row] + count[:, row] * piece // pieces
-    high = start[:, row] + count[:, row] * (piece + 1) // pieces
-    shared = (x.expand(heads, -1) for x in (row, slot))
+    parts = ((longest[row] + most - 1) // most).clamp(min=1)
+    ends, is_cut = parts.cumsum(0), parts > 1
+    first_part = torch.where(is_cut, torch.where(is_cut, parts, 0).cumsum(0) - parts, -1)
+    cut = torch.stack((row, first_part, torch.where(is_cut, parts, 0)), dim=1)[:most_cuts]
+
+    item = torch.arange(total + extra, device=row.device)
+    which = torch.searchsorted(ends, item, right=True)
+    exists, which = which < total, which.clamp(max=total - 1)
+    number = item - (ends - parts)[which]
+    row, parts, first_part = row[which], parts[which], first_part[which]
+    part = torch.where(first_part < 0, -1, first_part + number)
+    part = torch.where(exists, part, most_cuts + extra)
+    low = start[:, row] + count[:, row] * number // parts
+    high = torch.where(exists, start[:, row] + count[:, row] * (number + 1) // parts, low)
+    shared = (x.expand(heads, -1) for x in (row, part))
     items = torch.stack((next(shared), low, high, next(shared)), dim=2)
     entries = torch.nn.functional.pad(tiles.keys * 2 + tiles.full, (0, 1))
     return Work(
-        items.int().contiguous().to(device),
-        cut.int().contiguous().to(device),
-        int(slots[-1]),
-        entries.int().to(device),
-        total // tiles.residues,
-        total * heads,
-    )
+        items.int(), cut.int(), entries.int(),
+        most_cuts + extra + 1 if extra else 0, total // tiles.residues, total * heads,
+    )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=512)
@@ -100,7 +153,7 @@ def work_of(
         inverse: rows are tiles of keys, and their lists tiles of queries.
     """
     tiles = _tiles(part, heads, queries, keys, tile, device)
-    return make_work(tiles.inverse() if inverse else tiles, device)
+    return make_work(tiles.inverse() if inverse else tiles).trimmed().to(device)
 
 
 @functools.lru_cache(maxsize=64)

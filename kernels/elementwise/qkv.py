@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from kernels.common.dispatch import Implementation, choose
-from kernels.common.primitives import kernel
+from kernels.common.jit import kernel
 
 EPSILON = 1e-6  # added to the mean square
 TOKENS = 16  # of a program

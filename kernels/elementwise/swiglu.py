@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor, library
 
 from kernels.common.dispatch import Implementation, choose
-from kernels.common.primitives import kernel
+from kernels.common.jit import kernel
 
 BLOCK = 1024  # numbers of dy that a program serves
 WARPS = 4  # of a program: 8 numbers a thread, 16 bytes of bfloat16

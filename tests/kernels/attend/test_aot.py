@@ -46,11 +46,11 @@ def test_what_ships_compiles(target):
     kernels = {(row["kernel"], row["dtype"], row["size"]) for row in rows}
     assert kernels >= {
         (f"{kernel}_kernel", dtype, size)
-        for kernel in ("forward", "query", "key")
+        for kernel in ("forward", "dq", "dkv")
         for dtype in ("bfloat16", "float32")
         for size in ("64", "128")
     }
-    assert {row["kernel"] for row in rows} >= {"merge_pieces_kernel", "sum_pieces_kernel"}
+    assert {row["kernel"] for row in rows} >= {"merge_parts_kernel", "sum_parts_kernel"}
     paths = {"80": {"pointers", "turned"}, "90": {"copies", "turned"}}
     assert {row["path"] for row in rows} >= paths[target]
     variants = int(re.search(r"(\d+) variants", text).group(1))

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from torch import library
 
 from kernels.attend import attend, merge, passes, work
+from kernels.attend.call import Call
 from kernels.patterns import (
     blocks,
     causal,
@@ -124,21 +125,21 @@ def test_any_shape(name, batch, heads, length, sizes):
         causal() & fixed(100, 20),
     ],
 )
-def test_long_rows_and_columns_are_cut_into_pieces_and_merged(pattern, monkeypatch):
-    monkeypatch.setattr(work, "PIECE_TILES", 2)
-    monkeypatch.setattr(work, "PIECE_ROWS", 0)
+def test_long_rows_and_columns_are_cut_into_parts_and_merged(pattern, monkeypatch):
+    monkeypatch.setattr(work, "PART_TILES", 2)
+    monkeypatch.setattr(work, "PART_ROWS", 0)
     work.work_of.cache_clear()
     q, k, v = inputs(B=1, L=300, Hq=2, Hkv=1, D=16, Dv=16, device=DEVICE)
     assert_exact(pattern, q, k, v)
-    cut = [work_slots(pattern, 300, inverse) for inverse in (False, True)]
+    cut = [work_parts(pattern, 300, inverse) for inverse in (False, True)]
     work.work_of.cache_clear()
     assert min(cut) > 0, "the case must have rows and columns that are cut"
 
 
-def work_slots(pattern, length, inverse) -> int:
+def work_parts(pattern, length, inverse) -> int:
     parts = [part for chain in passes.chains(pattern, 2) for part in chain]
     sizes = (2, length, length, (32, 32), inverse, torch.device("cpu"))
-    return sum(work.work_of(part, *sizes).slots for part in parts)
+    return sum(work.work_of(part, *sizes).parts for part in parts)
 
 
 @pytest.mark.parametrize("layout", ["B H L D", "B H D L", "qkv", "one key head for all"])
@@ -326,9 +327,8 @@ def test_the_operator_keeps_the_rules_of_torch():
         x.requires_grad_() for x in inputs(B=1, Hq=2, Hkv=1, L=40, D=16, Dv=16, device=DEVICE)
     )
     with torch.device("meta"):  # a model may be made there
-        pattern = (causal() & (window(5) | global_tokens(2))).encoded
-    rest = (pattern, 0.25, None, None, None, None, None, None, [], torch.float32)
-    library.opcheck(torch.ops.strider.attend.default, (q, k, v, *rest))
+        call = Call(causal() & (window(5) | global_tokens(2)), 0.25, torch.float32).flatten()
+    library.opcheck(torch.ops.strider.attend.default, (q, k, v, *call))
 
 
 def test_a_compiled_model_has_one_graph_and_the_same_numbers():

@@ -5,7 +5,8 @@ import itertools
 import pytest
 import torch
 
-from kernels.attend import launch, tuning
+from kernels.attend import setup, tuning
+from kernels.attend.call import Call
 from kernels.attend.tuning import Config, candidates
 from kernels.patterns import causal, window
 from tests.kernels.attend.test_attend import inputs
@@ -33,12 +34,11 @@ def test_another_card_tries_what_is_best_on_those_that_ship():
 @pytest.mark.parametrize("direction", tuning.DIRECTIONS)
 def test_what_is_forced_runs_and_nothing_that_was_prepared_before(direction, kernel_device):
     q, k, v = inputs(L=100, device=kernel_device)
-    call = launch.Call(causal() & window(9), 0.25)
-    launcher = launch._Launcher(q, k, v, call)
-    ((part,),) = launcher.chains
+    call = Call(causal() & window(9), 0.25, q.dtype)
+    ((part,),) = setup.chains_of(call.pattern, q.shape[1], k.shape[2], False)
     for config in (Config(16, 32, 4, 1), Config(32, 16, 4, 2), Config(16, 32, 4, 1)):
         with tuning.forced(**{direction: config}):
-            assert launcher._setup(part, direction).config == config
+            assert setup.setup_of(part, direction, q, k, v, call).config == config
 
 
 def test_what_was_tuned_is_found_again(tmp_path, monkeypatch):
@@ -46,7 +46,7 @@ def test_what_was_tuned_is_found_again(tmp_path, monkeypatch):
     found = {rows: dict.fromkeys(tuning.DIRECTIONS, Config(64, 32, 4, 2)) for rows in tuning.ROWS}
     tuning._remember("A New Card", "bfloat16", "64", found)
     tuning.tuned.cache_clear()  # as in another process
-    assert tuning.tuned("A New Card")["bfloat16"]["64"]["long"]["keys"] == [64, 32, 4, 2]
+    assert tuning.tuned("A New Card")["bfloat16"]["64"]["long"]["dkv"] == [64, 32, 4, 2]
     assert [file.suffix for file in (tmp_path / "not" / "yet").iterdir()] == [".json"]
     tuning.tuned.cache_clear()
 

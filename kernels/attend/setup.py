@@ -1,0 +1,191 @@
+"""What a launch needs whatever the inputs hold; made once for a pass, a direction and its sizes."""
+
+import functools
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from kernels.attend.call import Call
+from kernels.attend.passes import Pass, chains, whole
+from kernels.attend.tuning import LONG, Config, config_for, forced_now
+from kernels.attend.visit import Lists
+from kernels.attend.work import Work, rule_and_table, work_of
+from kernels.common.loads import GATHERED, PLAIN, RESIDUES
+from kernels.patterns import Pattern
+from kernels.patterns.algebra import Nothing
+from kernels.patterns.order import Order
+
+
+class Sizes(NamedTuple):
+    """Of the tensors of one call."""
+
+    heads: int
+    kv_heads: int
+    num_queries: int
+    num_keys: int
+    D: int
+    DV: int
+
+
+@dataclass(frozen=True)
+class Constants:
+    """What a kernel is compiled for.
+
+    Args:
+        Q_ORDER, K_ORDER: how indices map to tokens (``kernels.common.loads``).
+        BLOCK_I, BLOCK_J: tokens of a tile of queries and of keys.
+        D, DV: sizes of a head, and BLOCK_D, BLOCK_DV: padded to a power of two.
+        PER_HEAD: every head has a list of its own.
+        CUT: long rows are cut into parts.
+        SHARED: the most query heads of those launched that share a key head.
+        STAGES: of the pipeline that loads tiles.
+    """
+
+    Q_ORDER: int
+    K_ORDER: int
+    BLOCK_I: int
+    BLOCK_J: int
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    PER_HEAD: bool
+    CUT: bool
+    SHARED: int
+    STAGES: int
+
+
+@dataclass(frozen=True, eq=False)
+class Setup:
+    """The part of a kernel's arguments that is kept.
+
+    Args:
+        launch_heads: heads that are launched: of queries, or of keys for the gradient of keys.
+        sharing: ``(key heads, SHARED)`` int32, the query heads of each key head, padded with -1;
+            None if query head n has key head n.
+        counts: what all three kernels take behind the scale.
+        compiled: keyword arguments that decide what is compiled.
+    """
+
+    config: Config
+    work: Work
+    lists: Lists
+    launch_heads: int
+    sharing: Tensor | None
+    table: Tensor
+    counts: tuple[int, ...]
+    constants: Constants
+    compiled: dict
+
+
+@functools.lru_cache(maxsize=256)
+def chains_of(
+    pattern: Pattern, heads: int, num_keys: int, is_listed: bool
+) -> list[tuple[Pass, ...]]:
+    """The chains of passes; a sequence may be too short to have any summary column.
+
+    Where that leaves a chain without passes, one that shows nothing writes its results.
+    """
+    split = whole if is_listed else chains
+    return [
+        tuple(p for p in chain if p.k_order.longest(num_keys)) or (Pass(Nothing(), chain[0].heads),)
+        for chain in split(pattern, heads)
+    ]
+
+
+def setup_of(part: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Setup:
+    """The setup of one pass.
+
+    Args:
+        direction: one of ``kernels.attend.tuning.DIRECTIONS``.
+    """
+    sizes = Sizes(q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    if call.listed is None:
+        return _planned(part, direction, sizes, q.dtype, q.device, forced_now())
+    listed = call.listed
+    area = listed.tile[0] * listed.tile[1]
+    config = Config(*listed.tile, 8 if area >= 128 * 128 else 4, 2)
+    work = listed.columns if direction == "dkv" else listed.rows
+    return _make_setup(part, direction, sizes, q.device, config, work)
+
+
+@functools.lru_cache(maxsize=1024)
+def _planned(
+    part: Pass, direction: str, sizes: Sizes, dtype: torch.dtype, device: torch.device,
+    _forced: tuple,
+) -> Setup:  # fmt: skip
+    # What is forced is asked for below by `config_for`; as an argument it keeps setups apart.
+    heads, _, num_queries, num_keys, D, DV = sizes
+    kind = direction, max(D, DV), dtype, device
+    lengths = part.q_order.longest(num_queries), part.k_order.longest(num_keys)
+    inverse = direction == "dkv"
+    config = config_for(*kind).fit(*lengths)
+    work = work_of(part, heads, num_queries, num_keys, config.tile, inverse, device)
+    if work.mean_tiles * config.tile[not inverse] >= LONG:
+        config = config_for(*kind, "long").fit(*lengths)
+        work = work_of(part, heads, num_queries, num_keys, config.tile, inverse, device)
+    return _make_setup(part, direction, sizes, device, config, work)
+
+
+def _make_setup(
+    part: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config, work: Work
+) -> Setup:  # fmt: skip
+    heads, kv_heads, num_queries, num_keys, D, DV = sizes
+    kv_group = heads // kv_heads
+    rule, table = rule_and_table(part, heads, max(num_queries, num_keys), device)
+    sharing, launched, everyone = None, part.heads, tuple(range(heads))
+    if direction == "dkv":
+        sharing = _sharing(part.heads, kv_group, device)
+        launched = tuple(sorted({head // kv_group for head in part.heads}))
+        everyone = everyone[:kv_heads]
+    head_of = None if launched == everyone else _numbers(launched, device)
+    order = part.k_order
+    counts = (
+        table.stride(0) if len(table) > 1 else 0, kv_group, heads, len(launched), len(work),
+        work.parts, work.rows, num_queries, num_keys, part.q_order.step,
+        order.run, order.step, order.first,
+    )  # fmt: skip
+    constants = Constants(
+        Q_ORDER=_kind(part.q_order),
+        K_ORDER=_kind(part.k_order),
+        BLOCK_I=config.queries,
+        BLOCK_J=config.keys,
+        D=D,
+        DV=DV,
+        BLOCK_D=max(16, triton.next_power_of_2(D)),
+        BLOCK_DV=max(16, triton.next_power_of_2(DV)),
+        PER_HEAD=work.differs_by_head,
+        CUT=work.parts > 0,
+        SHARED=1 if sharing is None else sharing.shape[1],
+        STAGES=config.stages,
+    )
+    compiled = {"RULE": rule, "C": constants, "num_warps": config.warps}
+    lists = Lists(work.items, work.entries, head_of)
+    return Setup(config, work, lists, len(launched), sharing, table, counts, constants, compiled)
+
+
+def _kind(order: Order) -> int:
+    if order.run > 1 or order.first:
+        return GATHERED.value
+    return (PLAIN if order.step == 1 else RESIDUES).value
+
+
+@functools.lru_cache(maxsize=256)
+def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int32, device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def _sharing(heads: tuple[int, ...], kv_group: int, device: torch.device) -> Tensor | None:
+    """The query heads among ``heads`` of each key head, ``(key heads, most)``, padded with -1."""
+    if kv_group == 1:
+        return None
+    sharing: dict[int, list[int]] = {}
+    for head in heads:
+        sharing.setdefault(head // kv_group, []).append(head)
+    most = max(map(len, sharing.values()))
+    rows = [sharing[key] + [-1] * (most - len(sharing[key])) for key in sorted(sharing)]
+    return torch.tensor(rows, dtype=torch.int32, device=device)
