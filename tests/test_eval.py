@@ -49,6 +49,7 @@ def test_validation_here_equals_validation_in_training(folder):
     assert saved["bits_per_byte"] == pytest.approx(in_training, rel=0.01)
 
 
+@pytest.mark.slow
 def test_more_context_is_used(folder):
     bits = []
     for stride in (1, 64):

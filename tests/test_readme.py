@@ -69,6 +69,7 @@ def test_each_measurement_explains_itself(module):
     assert "usage:" in result.stdout
 
 
+@pytest.mark.slow
 def test_the_quick_start_trains_with_wandb_offline_and_is_evaluated(tmp_path):
     command = next(c for c in PYTHON if "experiment=quickstart" in c and "logger=wandb" in c)
     small = [a for a in TINY if not a.startswith("data=")]
