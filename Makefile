@@ -1,15 +1,18 @@
-# `make train`, `make test` and `make lint` set up everything they need in .venv; nothing is installed twice.
+# Each target sets up everything that it needs in .venv; nothing is installed twice.
 PYTHON ?= python3
 VENV := .venv
 RUN := $(VENV)/bin/python
 
-.PHONY: train test lint clean
+.PHONY: train test test-slow lint clean
 
 train: $(VENV)/ready
 	$(RUN) train.py experiment=quickstart
 
 test: lint
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 -m "not slow"
+
+test-slow: $(VENV)/ready
+	$(RUN) -m pytest -n 2 -m slow
 
 lint: $(VENV)/ready
 	$(RUN) -m ruff check .

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap, to_rgb
 from matplotlib.figure import Figure
 from PIL import Image
@@ -137,6 +138,7 @@ class _Page:
     def __init__(self, width: int, height: int):
         self.width, self.height = width, height
         self.figure = Figure(figsize=(width / 100, height / 100), dpi=100, facecolor="white")
+        FigureCanvasAgg(self.figure)  # one renderer for all texts; without, each makes its own
 
     def axes(self, x: int, y: int, size: int):
         left, bottom = x / self.width, 1 - (y + size) / self.height

@@ -49,6 +49,7 @@ def test_validation_here_equals_validation_in_training(folder):
     assert saved["bits_per_byte"] == pytest.approx(in_training, rel=0.01)
 
 
+@pytest.mark.slow
 def test_more_context_is_used(folder):
     bits = []
     for stride in (1, 64):
@@ -115,9 +116,8 @@ def test_a_config_that_names_anything_but_our_classes_is_refused(folder, tmp_pat
     ],
     ids=lambda value: " ".join(value),
 )
-def test_a_mistake_is_one_sentence(folder, arguments, words, capsys):
-    if "device=cuda" in arguments and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_a_mistake_is_one_sentence(folder, arguments, words, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)  # device=cuda is a mistake
     with pytest.raises(SystemExit) as leaving:
         main(composed(*of_run(folder), *arguments, name="eval"))
     assert leaving.value.code == 2

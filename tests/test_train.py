@@ -63,6 +63,7 @@ def test_the_same_command_again_finds_the_run_finished(finished):
     assert (folder / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_two_saves_resumes_to_the_same_curve_bit_for_bit(tmp_path):
     train(tmp_path / "whole", *HARD)
     killed = tmp_path / "killed"
@@ -90,6 +91,7 @@ def wait_for_step(folder, step, seconds=120):
     raise AssertionError(f"no step {step} within {seconds} s")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_a_checkpoint_and_says_so_by_its_status(tmp_path, number):
     folder = tmp_path / "run"
@@ -110,6 +112,7 @@ def test_an_interrupted_run_leaves_a_checkpoint_and_says_so_by_its_status(tmp_pa
     assert list(curve(folder)) == list(range(saved + 3))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_two_processes_reproduce_the_curve_of_one_with_the_same_batch(tmp_path, optimizer):
     settings = ["trainer.max_steps=100", "model.layers=1", f"optimizer={optimizer}"]
@@ -124,6 +127,7 @@ def test_two_processes_reproduce_the_curve_of_one_with_the_same_batch(tmp_path, 
             assert one[step].get(key) == pytest.approx(two[step].get(key), abs=1e-5), step
 
 
+@pytest.mark.slow
 def test_resume_null_keeps_the_run_that_was_there(tmp_path):
     folder = tmp_path / "run"
     train(folder, "trainer.max_steps=2")

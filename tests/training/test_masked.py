@@ -175,6 +175,7 @@ def test_a_run_learns_and_reports_masked_bytes_alone(folder):
     assert (folder / "checkpoints" / "best.ckpt").exists()
 
 
+@pytest.mark.slow
 def test_eval_equals_validation_in_training_every_time(folder):
     arguments = ["split=validation"]
     checkpoint = folder / "checkpoints" / "last.ckpt"

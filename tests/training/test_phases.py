@@ -132,6 +132,7 @@ def test_a_run_stopped_at_the_end_of_a_phase_continues_with_the_next(tmp_path, w
     assert rest.metrics == {n: row for n, row in expected.metrics.items() if n > step}
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tmp_path):
     one = run(tmp_path / "one", dropout=0.0)
     subprocess.run(

@@ -33,7 +33,11 @@ from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
 
 CONF = Path(__file__).parents[2] / "conf"
-no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="is about machines without a GPU")
+
+
+@pytest.fixture
+def no_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -191,14 +195,13 @@ def test_phases_with_other_lengths_and_windows_need_few_graphs(graphs, kernel_de
     assert len(graphs) <= 10  # not one for each layer, phase, and training or validation
 
 
-def test_auto_takes_the_cpu_in_full_precision_where_there_is_no_gpu(tmp_path):
+def test_auto_takes_the_cpu_in_full_precision_where_there_is_no_gpu(tmp_path, no_gpu):
     trainer = tiny_trainer(tmp_path, Recorder(), accelerator="auto")
     assert trainer.precision == "32-true"
     assert trainer.strategy.root_device.type == "cpu"
 
 
-@no_gpu
-def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path):
+def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, no_gpu):
     with pytest.raises(ValueError, match=r"needs a CUDA GPU.*trainer=cpu"):
         tiny_trainer(tmp_path, Recorder(), accelerator="gpu")
 

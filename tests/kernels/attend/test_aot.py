@@ -16,6 +16,8 @@ LINE = re.compile(
     r"(?P<kernel>\w+_kernel) +(?P<registers>\d+) registers +(?P<stack>\d+) B stack .*?"
     r"(?P<shared>[\d,]+) B shared (?P<digest>\w+)"
 )
+pytestmark = pytest.mark.slow
+
 SHARED_LIMIT = {"80": 166_912, "90": 232_448}  # bytes of a program: A100; H100 and H200
 
 

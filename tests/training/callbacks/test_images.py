@@ -188,6 +188,7 @@ def test_an_evaluation_draws_and_completes_images_of_its_split(tmp_path):
         evaluation_script.draw_images(TinyModel(), text, config, tmp_path)
 
 
+@pytest.mark.slow
 def test_the_quick_start_of_images_trains_shows_and_evaluates(tmp_path):
     folder = tmp_path / "run"
     small = ["model.dim=32", "model.layers=1", "data.workers=0", "callbacks.images.completions=1"]

@@ -91,7 +91,14 @@ def last(output):
     return read_checkpoint(output / "checkpoints" / "last.ckpt")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+        pytest.param(signal.SIGUSR1, marks=pytest.mark.slow),
+    ],
+)
 def test_a_signal_to_the_whole_group_saves_the_step_and_tells_in_the_exit_status(
     number, start, output
 ):
@@ -103,6 +110,7 @@ def test_a_signal_to_the_whole_group_saves_the_step_and_tells_in_the_exit_status
     assert last(output)["global_step"] == 1
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_of_two_stops_both(start, output):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -114,6 +122,7 @@ def test_a_signal_to_one_process_of_two_stops_both(start, output):
     assert last(output)["global_step"] == 1
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(start, output):
     process = start()
     wait_for_training(process, output)

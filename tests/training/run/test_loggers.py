@@ -135,6 +135,7 @@ def test_sampling_changes_nothing_in_training(output, monkeypatch):
 needs_wandb = pytest.mark.skipif(find_spec("wandb") is None, reason="wandb is an optional package")
 
 
+@pytest.mark.slow
 @needs_wandb
 def test_wandb_shows_config_curves_text_and_picture_and_keeps_its_id_after_a_resume(output):
     for _ in range(2):
