@@ -56,6 +56,13 @@ class Rule:
         what = (self.kind, self.numbers, function, self.constant, self.has_table, *parts)
         return hashlib.sha256(repr(what).encode()).hexdigest()
 
+    def __hash__(self) -> int:
+        return self._hash  # of every launch
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.cache_key)
+
     def __repr__(self) -> str:
         # Inside a kernel Triton tells functions apart by their names and those of their constants.
         return f"{self.kind}_{self.cache_key[:16]}"
