@@ -33,7 +33,8 @@ def score_masked(
     """Score the masked tokens of all windows, showing the progress on a terminal.
 
     Args:
-        model: has ``nats(inputs, targets) -> (B, L)``.
+        model: has ``nats(inputs, targets, documents) -> (B, L)`` and ``vocab_size`` (the start
+            id, which is also the padding).
         windows: what it sees and what it must find, end to end.
         units: bytes or dimensions that each token id stands for, ``(vocab_size,)``.
         tokens: how many all windows hold, masked or not.
@@ -50,7 +51,9 @@ def score_masked(
     for first in tqdm(range(0, len(windows), size), unit=" passes", disable=None, leave=False):
         batch = windows[range(first, min(first + size, len(windows)))]
         inputs, targets = torch.from_numpy(batch).unbind(1)
-        nats = model.nats(inputs.to(device), targets.to(device))
+        # What follows a start id is another document: no token sees the padding.
+        documents = (inputs == model.vocab_size).cumsum(dim=1, dtype=torch.int32)
+        nats = model.nats(*(x.to(device) for x in (inputs, targets, documents)))
         sums.append(by_position(nats.double().cpu().numpy(), targets.numpy(), units, context))
     seconds = time.perf_counter() - start
     return total(sums), {"context": min(context, tokens), "tokens_per_second": tokens / seconds}

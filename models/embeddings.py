@@ -1,4 +1,4 @@
-"""What enters the first block: tokens, learned positions, vectors in front; and rotary positions."""
+"""What enters the first block: tokens, learned positions and vectors in front; rotary tables."""
 
 import math
 from collections.abc import Sequence
@@ -102,7 +102,7 @@ class Embedding(nn.Embedding):
                 f"an embedding needs a vocab_size of at least 1, 0 or more global vectors and a "
                 f"dropout in [0, 1), got model.embedding.vocab_size={vocab_size}, "
                 f"model.embedding.global_vectors={global_vectors} and "
-                f"model.embedding.dropout={dropout}."
+                f"model.embedding.dropout={dropout} (model.block.dropout if it is not set)."
             )
         super().__init__(vocab_size + 1 + mask, dim)
         self.vocab_size, self.start_id = vocab_size, vocab_size

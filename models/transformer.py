@@ -111,7 +111,7 @@ class Transformer(nn.Module):
         return self.head.nats(self.hidden_states(tokens, documents), targets)
 
     def losses(self) -> dict[str, Tensor]:
-        """Terms that attentions add to the loss of the last forward pass, summed over the layers."""
+        """Terms that attentions add to the loss of the last pass, summed over the layers."""
         found: dict[str, Tensor] = {}
         for _, attention in self.attentions():
             for name, loss in attention.losses().items():

@@ -16,8 +16,9 @@ class PatternAttention(Attention):
     """Each query sees the keys that the pattern shows it, in one softmax.
 
     A subclass that computes in another way (`forward`, `attend` or `route` of its own) must also
-    say what it keeps, costs and shows (`is_causal`, `cache`, `flops_per_token`, `visible`): those of
-    this class are of the pattern, and would generate other text than the model was trained on.
+    say what it keeps, costs and shows (`is_causal`, `cache`, `flops_per_token`, `visible`). Those
+    of this class are of the pattern: with another rule, generation would see other keys than
+    training did.
 
     Args:
         pattern: terms of ``kernels.patterns`` or their text, which is all that a new attention

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 
@@ -11,7 +12,7 @@ from evaluation import gallery
 from evaluation.raster import kinds_of_heads, visible_cells
 from evaluation.sheet import INK, PANEL, PAPER, SEVERAL, TINTS, shade_kinds
 from kernels.patterns import parse
-from tests.support.configs import MODELS
+from tests.support.configs import MODELS, SMALL, composed
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 100])
@@ -74,13 +75,23 @@ def test_all_families_fit_a_small_file(tmp_path):
 
 
 def test_a_picture_of_a_very_long_sequence_shows_its_beginning(tmp_path):
-    patterns = {"a": parse("causal() & window(9)"), "b": parse("window(9, 9) | global_tokens(8)")}
-    gallery.draw_patterns(patterns, 2**20, tmp_path / "picture.png")
+    window, gaps = (
+        {
+            "_target_": "models.attention.pattern.PatternAttention",
+            "_partial_": True,
+            "pattern": text,
+        }
+        for text in ("causal() & window(9)", "causal() & strided(9)")
+    )
+    config = composed("model=dense", *SMALL)
+    model = instantiate(config.model, attention={"a": window, "b": gaps}, layout=["a", "b"])
+    gallery.draw_layers(model, 2**20, tmp_path / "picture.png")
     assert imread(tmp_path / "picture.png").std() > 0
 
 
 def test_a_single_token_has_a_picture_too(tmp_path):
-    gallery.draw_patterns({"a": parse("causal()")}, 1, tmp_path / "picture.png")
+    model = instantiate(composed("model=dense", *SMALL).model)
+    gallery.draw_layers(model, 1, tmp_path / "picture.png")
     assert imread(tmp_path / "picture.png").std() > 0
 
 

@@ -20,7 +20,8 @@ from kernels.patterns import (
     window,
 )
 from kernels.patterns.retention import cache_plan, last_queries
-from models.cache.key_value import Cache, KeyValueCache
+from models.cache import Cache
+from models.cache.key_value import KeyValueCache
 from tests.kernels.patterns.test_patterns import patterns
 from tests.kernels.patterns.test_tiles import Largest
 from tests.support.configs import SMALL, composed
@@ -136,6 +137,7 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
     layer = KeyValueCache(pattern, heads, length)
     cache = Cache([layer])
     layer.fill(k[:, :, :first], v[:, :, :first])
+    cache.start(first, device)
     for i in range(first, length):
         cache.advance()
         for _ in range(2):  # the same token again changes nothing
@@ -149,8 +151,7 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
 
 FAMILIES = [
     ["model=dense"],
-    ["model=dense", "data.documents=pack"],
-    ["model=dense", "model.rotary_base=null", "model.matrix_shape=[5,20]"],
+    ["model=dense", "model.rotary_base=null", "model.embedding.matrix_shape=[5,20]"],
     ["model=bigbird", "model.attention.bigbird.block=8"],
     ["model=longformer", "model.attention.longformer={window: [8, 16], dilation: 3}"],
     ["model=longformer", "model.attention.longformer={window: 16, global_tokens: 3}"],
@@ -252,7 +253,7 @@ def test_half_precision_is_cached_in_half_precision(device):
 
 def test_a_model_that_cannot_go_so_far_is_refused_before_it_begins():
     prompt = torch.zeros(1, 10, dtype=torch.long)
-    raster = build("model=dense", "model.rotary_base=null", "model.matrix_shape=[5,4]")
+    raster = build("model=dense", "model.rotary_base=null", "model.embedding.matrix_shape=[5,4]")
     assert generate(raster, prompt, 10).shape == (1, 20)
     assert generate(raster, prompt, 25, context=20).shape == (1, 35)
     with pytest.raises(ValueError, match=r"learned positions reach 20 tokens \(5, 4\), got 35"):
