@@ -125,6 +125,13 @@ class Embedding(nn.Embedding):
         if self.global_vectors is not None:
             nn.init.normal_(self.global_vectors.weight, std=std)
 
+    @torch.no_grad()
+    def clear_start(self) -> None:
+        """Set the start id to zero: it is hardly ever trained, so it begins as "nothing known"."""
+        # By a mask, because a row of a weight whose rows are sharded would be a copy.
+        number = torch.ones_like(self.weight[:, :1], dtype=torch.int64).cumsum(dim=0)
+        self.weight.masked_fill_(number == self.start_id + 1, 0.0)
+
     def forward(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor:
         """Token ids ``(B, L)`` -> ``(B, num_global + L, dim)``.
 

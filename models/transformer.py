@@ -85,8 +85,7 @@ class Transformer(nn.Module):
                 module.reset_parameters()
         # A tied embedding is also the head, which wants logits of order one.
         self.embedding.draw(1.0 if self.head.embedding is None else self.dim**-0.5)
-        # A stream has one start: its id is hardly ever trained, so it begins as "nothing known".
-        nn.init.zeros_(self.embedding.weight[self.embedding.start_id])
+        self.embedding.clear_start()
         if self.initial_weights is not None:
             self.initial_weights(self)
 

@@ -1,13 +1,18 @@
 """Weights are drawn after construction: a model may first be made without memory, and sharded."""
 
+import math
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from hydra.utils import instantiate
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.multiprocessing import start_processes
 
-from models.transformer import Transformer
+from models.stack import Block
 from tests.support.configs import CONF, MODELS, SMALL, composed
 
 EXPERIMENTS = sorted(path.stem for path in (CONF / "experiment").glob("*.yaml"))
@@ -91,12 +96,40 @@ class Marked(nn.Module):
 
 
 def test_buffers_are_made_again():
-    config = small("model=dense")
-    make = partial(
-        Transformer, **{k: v for k, v in instantiate(config, _partial_=True).keywords.items()}
-    )
-    block = partial(instantiate(config.block), feed_forward=Marked)
+    block = partial(Block, feed_forward=Marked)
     with torch.device("meta"):
-        model = make(block=block)
+        model = instantiate(small("model=dense"), block=block)
     model.to_empty(device="cpu").initialise()
     assert model.blocks[1].feed_forward.mark.tolist() == list(range(32))
+
+
+def shard_then_draw(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=2)
+    with torch.device("meta"):
+        model = instantiate(small("model=bigbird"))
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    register_fsdp_forward_method(model, "loss")
+    model.to_empty(device="cpu")
+    model.initialise()
+    whole = {name: p.full_tensor() for name, p in model.named_parameters()}
+    tokens = torch.randint(256, (1, 64))
+    nats, count = model.loss(tokens, tokens)
+    if rank == 0:
+        torch.save((whole, (nats / count).item()), f"{folder}/result")
+    dist.destroy_process_group()
+
+
+def test_a_model_may_be_sharded_before_it_has_weights(tmp_path):
+    start_processes(shard_then_draw, (str(tmp_path),), nprocs=2, start_method="fork")
+    weights, nats = torch.load(tmp_path / "result")
+    model = instantiate(small("model=bigbird"))
+    assert nats == pytest.approx(math.log(256))  # the head is zero
+    for name, parameter in model.named_parameters():
+        assert weights[name].shape == parameter.shape
+        spread = parameter.std().item()
+        assert weights[name].std().item() == pytest.approx(spread, rel=0.15, abs=1e-6), name
+    assert not weights["embedding.weight"][256].any()
