@@ -20,7 +20,7 @@ from kernels.patterns import (
     window,
 )
 from kernels.patterns.retention import cache_plan, last_queries
-from models.cache import Cache
+from models.cache import Cache, LayerCache
 from models.cache.key_value import KeyValueCache
 from tests.kernels.patterns.test_patterns import patterns
 from tests.kernels.patterns.test_tiles import Largest
@@ -145,6 +145,43 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
             torch.testing.assert_close(out[:, :, 0], wanted[:, :, i], rtol=1e-5, atol=1e-5)
         assert cache.position == i
     assert layer.keys.shape[2] == max(most_kept(pattern, length, heads))
+
+
+class Counting(LayerCache):
+    """Changes some tensors with each token."""
+
+    def __init__(self, *kept):
+        self.tokens, self.kept = 3, kept
+
+    def fill(self):
+        pass
+
+    def step(self):
+        return self.kept[0]
+
+    def advance(self):
+        return [(tensor, tensor + 1) for tensor in self.kept]
+
+
+def test_layers_of_all_kinds_advance_together_with_one_launch_a_dtype(monkeypatch):
+    calls, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: calls.append(args) or copy(*args))
+    layers = [Counting(torch.zeros(2), torch.zeros(1, dtype=torch.long)), Counting(torch.zeros(3))]
+    places = [tensor.data_ptr() for layer in layers for tensor in layer.kept]
+    cache = Cache(layers)
+    cache.start(3, torch.device("cpu"))
+    for n in (1, 2):
+        cache.advance()
+        assert cache.position == 2 + n
+        kept = [tensor for layer in layers for tensor in layer.kept]
+        assert all((tensor == n).all() for tensor in kept)
+        assert [tensor.data_ptr() for tensor in kept] == places
+    assert len(calls) == 2 * 2
+
+
+def test_a_layer_that_kept_other_tokens_than_the_pass_had_is_refused():
+    with pytest.raises(RuntimeError, match="layer 1 did not fill its Counting with the 5 tokens"):
+        Cache([Counting(torch.zeros(1))]).start(5, torch.device("cpu"))
 
 
 # ------------------------------------------------------------------------------------- models
