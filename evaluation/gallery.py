@@ -13,7 +13,7 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from evaluation.layers import kinds_of_layers
+from evaluation.layers import kinds_of_layers, visible_for
 from evaluation.raster import first_cells, first_reached, kinds_of_heads, visible_cells
 from evaluation.sheet import (
     Panel,
@@ -56,7 +56,7 @@ def draw_layers(model: Transformer, length: int, path: Path, tokens: Tensor | No
     """Draw what the first head of each kind of layer sees of the first 1,024 tokens; returns path.
 
     Args:
-        model: has `attentions` and `visible`, see `models.transformer.Transformer`.
+        model: has `attentions` and `hidden_states`, see `models.transformer.Transformer`.
         length: tokens of the sequence; bidirectional random blocks depend on it.
         path: where the PNG file goes; its folder must exist.
         tokens: a text ``(1, L)``, of which layers that choose keys by content read up to 1,024
@@ -103,7 +103,8 @@ def draw_model(name: str, length: int, path: Path) -> None:
 
 def draw_sheet_of(model: Transformer, name: str, length: int, path: Path) -> None:
     """Draw a model that is called ``name``; see `draw_model`."""
-    layers = dict(enumerate(model.visible(length))) | _chosen(model, length)
+    layers = [attention.visible(length) for _, attention in model.attentions()]
+    layers = dict(enumerate(layers)) | _chosen(model, length)
     panels, most = [], 1
     for kind in kinds_of_layers(model, length):
         heads = kinds_of_heads(visible_cells(layers[kind.layers[0]], length, model.heads))
@@ -123,13 +124,19 @@ def _chosen(model: Transformer, length: int, tokens: Tensor | None = None) -> di
 
     They choose for ``tokens (1, L)``, or for random ones.
     """
-    if not any(isinstance(shown, Chosen) for shown in model.visible(length)):
+    if not _chooses(model, length):
         return {}
     if tokens is None:
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(model.vocab_size, (1, length), generator=generator)
-    layers = model.visible(length, tokens[:, :length].to(model.embedding.weight.device))
+    layers = visible_for(model, tokens[:, :length].to(model.embedding.weight.device))
     return {n: shown for n, shown in enumerate(layers) if isinstance(shown, Chosen)}
+
+
+def _chooses(model: Transformer, length: int) -> bool:
+    """Whether any layer chooses keys by content."""
+    shown = (attention.visible(length) for _, attention in model.attentions())
+    return any(isinstance(visible, Chosen) for visible in shown)
 
 
 def build(name: str) -> Transformer:
@@ -141,7 +148,7 @@ def build(name: str) -> Transformer:
         config = compose("train", overrides=[f"model={name}"])
     with torch.device("meta"):
         model = instantiate(config.model)
-    if any(isinstance(shown, Chosen) for shown in model.visible(LONGEST)):
+    if _chooses(model, LONGEST):
         model.to_empty(device="cpu").initialise()
     return model.eval()
 

@@ -1,8 +1,9 @@
-"""The layers of a model by what they show: those that differ in random draws alone are alike."""
+"""What the layers of a model show, and which of them are alike: random draws make no difference."""
 
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from kernels.patterns import Pattern
 from models.attention import Attention, Chosen
@@ -41,3 +42,22 @@ def kinds_of_layers(model: nn.Module, length: int) -> list[Kind]:
         names.add(name)
         kinds[key] = Kind(name, label, [layer], attention, visible)
     return list(kinds.values())
+
+
+@torch.no_grad()
+@torch.compiler.set_stance("force_eager")
+def visible_for(model: nn.Module, tokens: Tensor) -> list[Pattern | Chosen]:
+    """What each layer shows of a text ``(1, L)``, with cells where keys are chosen by content."""
+    found: list[Pattern | Chosen] = []
+    hooks = [
+        attention.register_forward_pre_hook(
+            lambda made, given: found.append(made.visible(tokens.shape[1], *given))
+        )
+        for _, attention in model.attentions()
+    ]
+    try:
+        model.hidden_states(tokens)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found

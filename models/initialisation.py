@@ -1,6 +1,6 @@
-"""Initial weights as papers draw them: functions that are applied to a model that has weights.
+"""Initial weights: each module's own, and those of papers, which are drawn over them.
 
-Without one, a model starts with zero output maps, so that every block is the identity.
+With their own, output maps are zero, so that every block is the identity.
 """
 
 import math
@@ -8,6 +8,17 @@ import math
 from torch import nn
 
 from models.attention.longformer import LongformerAttention
+
+
+def reset_modules(module: nn.Module, done: set[nn.Module] | None = None) -> None:
+    """Let all modules below ``module`` draw their own weights: each once, children first."""
+    done = set() if done is None else done
+    for child in module.children():
+        if child not in done:
+            done.add(child)
+            reset_modules(child, done)
+            if hasattr(child, "reset_parameters"):
+                child.reset_parameters()
 
 
 def sparse_transformer(model: nn.Module) -> None:

@@ -1,15 +1,16 @@
 """The one backbone: embedding, stack of blocks, head. Attention comes from the yaml, by layer."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from models.attention import Attention, Chosen, Context, MakeAttention, Pattern
+from models.attention import Attention, Context, MakeAttention
 from models.cache import Cache
 from models.embeddings import Embedding, rotary_tables
 from models.heads import Head
+from models.initialisation import reset_modules
 from models.stack import Block, make_stack
 
 
@@ -80,9 +81,7 @@ class Transformer(nn.Module):
 
     def initialise(self) -> None:
         """Draw all weights, in place, whether they are whole or sharded."""
-        for module in _children_first(self):
-            if hasattr(module, "reset_parameters"):
-                module.reset_parameters()
+        reset_modules(self)
         # A tied embedding is also the head, which wants logits of order one.
         self.embedding.draw(1.0 if self.head.embedding is None else self.dim**-0.5)
         self.embedding.clear_start()
@@ -159,32 +158,6 @@ class Transformer(nn.Module):
         found = [block.attention for block in self.blocks]
         return list(zip(self.layout, found, strict=True))
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")
-    def visible(self, length: int, tokens: Tensor | None = None) -> list[Pattern | Chosen]:
-        """What each layer shows of sequences of ``length`` tokens (`Attention.visible`).
-
-        Args:
-            length: tokens.
-            tokens: a text ``(B, length)``, for attentions that choose keys by content: of its first
-                row the cells are given; None: they give none.
-        """
-        if tokens is None:
-            return [attention.visible(length) for _, attention in self.attentions()]
-        found: list[Pattern | Chosen] = []
-        hooks = [
-            attention.register_forward_pre_hook(
-                lambda made, given: found.append(made.visible(length, *given))
-            )
-            for _, attention in self.attentions()
-        ]
-        try:
-            self.hidden_states(tokens)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return found
-
     def flops_per_token(self, length: int) -> float:
         """Floating-point operations of one token, forward and backward, at this length.
 
@@ -223,16 +196,6 @@ class Transformer(nn.Module):
                 "global vectors in front of the tokens are for attentions that see later tokens; "
                 "set model.embedding.global_vectors=0, or causal=false of the attention."
             )
-
-
-def _children_first(module: nn.Module, done: set[nn.Module] | None = None) -> Iterator[nn.Module]:
-    """All modules below ``module``, each once, after those below it."""
-    done = set() if done is None else done
-    for child in module.children():
-        if child not in done:
-            done.add(child)
-            yield from _children_first(child, done)
-            yield child
 
 
 def _check_sizes(dim: int, layers: int, heads: int, rotary_base: float | None) -> None:

@@ -7,7 +7,7 @@ from matplotlib.image import imread
 
 import evaluation.gallery as gallery
 from evaluation.generation import generate
-from evaluation.layers import kinds_of_layers
+from evaluation.layers import kinds_of_layers, visible_for
 from evaluation.raster import visible_cells
 from models.attention import Attention
 from models.attention.pattern import PatternAttention
@@ -90,7 +90,7 @@ def test_it_is_causal_bitwise_and_keeps_to_documents():
 
 def test_its_cells_are_those_that_it_reads():
     model, text = build(*TOPK), tokens(48, rows=1)
-    first = model.visible(48, text)[0]
+    first = visible_for(model, text)[0]
     (cells,) = visible_cells(first, 48, model.heads)[:1]
     assert cells.sum(dim=1).tolist() == [min(n, 6) for n in range(1, 49)]
     assert not cells.triu(1).any()
