@@ -1,6 +1,7 @@
 """The gallery: pictures of what patterns show and reach, from the tiles that the kernels visit."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from evaluation import gallery
 from evaluation.raster import kinds_of_heads, visible_cells
 from evaluation.sheet import INK, PANEL, PAPER, SEVERAL, TINTS, shade_kinds
 from kernels.patterns import parse
+from models.attention.pattern import PatternAttention
 from tests.support.configs import MODELS, SMALL, composed
 
 
@@ -75,16 +77,10 @@ def test_all_families_fit_a_small_file(tmp_path):
 
 
 def test_a_picture_of_a_very_long_sequence_shows_its_beginning(tmp_path):
-    window, gaps = (
-        {
-            "_target_": "models.attention.pattern.PatternAttention",
-            "_partial_": True,
-            "pattern": text,
-        }
-        for text in ("causal() & window(9)", "causal() & strided(9)")
-    )
-    config = composed("model=dense", *SMALL)
-    model = instantiate(config.model, attention={"a": window, "b": gaps}, layout=["a", "b"])
+    texts = {"a": "causal() & window(9)", "b": "window(9, 9) | global_tokens(8)"}
+    attention = {name: partial(PatternAttention, pattern=text) for name, text in texts.items()}
+    make = instantiate(composed("model=dense", *SMALL).model, _partial_=True)
+    model = make(attention=attention, layout=["a", "b"])
     gallery.draw_layers(model, 2**20, tmp_path / "picture.png")
     assert imread(tmp_path / "picture.png").std() > 0
 
