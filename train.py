@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 
 from training.callbacks.interruption import Interruption
 from training.config.messages import UserErrors
-from training.config.validate import CONF, check_groups, check_types
+from training.config.validate import CONF, check_documents, check_groups, check_types
 from training.phases import check_model, read_phases
 from training.run import folder
 from training.run.console import show_log
@@ -29,6 +29,7 @@ def main(config: DictConfig) -> float:
         check_groups(config)
         phases = read_phases(config)
         check_types(config)
+        check_documents(config)
         checkpoint = folder.choose_checkpoint(config)
         L.seed_everything(config.seed, verbose=False)
         data = instantiate(config.data, phases=[phase.batching for phase in phases])

@@ -96,7 +96,7 @@ def overrides(name: str, dense: bool, options) -> list[str]:
         return found
     model = _composed(found).model
     (attention,) = {key: model.attention[key] for key in model.layout}.values()
-    causal = str(not model.masked).lower()
+    causal = str(not model.embedding.mask).lower()
     twin = f"_target_: {DENSE}, _partial_: true, causal: {causal}"
     if "projections" in attention:
         (key,) = set(model.layout)

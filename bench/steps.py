@@ -181,6 +181,11 @@ def _profile(step, batch: Tensor) -> list[str]:
 class _FlexWindow(PatternAttention):
     """FlexAttention's window over the projections of another attention."""
 
+    is_causal = PatternAttention.is_causal
+    cache = PatternAttention.cache
+    flops_per_token = PatternAttention.flops_per_token
+    visible = PatternAttention.visible
+
     def __init__(self, attention: PatternAttention, mask):
         nn.Module.__init__(self)
         self.projections, self.mask = attention.projections, mask

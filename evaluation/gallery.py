@@ -1,11 +1,11 @@
-"""Pictures of attention patterns, and of how far they carry information through layers.
+"""Pictures of what attentions see, and of how far they carry information through layers.
 
 python -m evaluation.gallery                                 # all families, and every model
 python -m evaluation.gallery --models bigbird --length 4096
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,8 @@ from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from torch import Tensor
 
-from evaluation.raster import first_reached, kinds_of_heads, visible_cells
+from evaluation.layers import kinds_of_layers, visible_for
+from evaluation.raster import first_cells, first_reached, kinds_of_heads, visible_cells
 from evaluation.sheet import (
     Panel,
     draw_sheet,
@@ -23,6 +24,7 @@ from evaluation.sheet import (
     shade_kinds,
 )
 from kernels.patterns import Pattern, parse
+from models.attention import Chosen
 from models.transformer import Transformer
 
 CONF = Path(__file__).parents[1] / "conf"
@@ -50,20 +52,24 @@ FAMILIES = {
 FAMILY_TOKENS, FAMILY_HEADS, FAMILY_LAYERS = 256, 4, 4
 
 
-def draw_patterns(patterns: dict[str, Pattern], length: int, path: Path) -> Path:
-    """Draw what the first head sees of the first 1,024 tokens, to a PNG file; returns its path.
+def draw_layers(model: Transformer, length: int, path: Path, tokens: Tensor | None = None) -> Path:
+    """Draw what the first head of each kind of layer sees of the first 1,024 tokens; returns path.
 
     Args:
-        patterns: name -> pattern, one panel each.
+        model: has `attentions` and `hidden_states`, see `models.transformer.Transformer`.
         length: tokens of the sequence; bidirectional random blocks depend on it.
-        path: where the file goes; its folder must exist.
+        path: where the PNG file goes; its folder must exist.
+        tokens: a text ``(1, L)``, of which layers that choose keys by content read up to 1,024
+            tokens; None: random tokens.
     """
-    token = torch.arange(min(length, TOKENS))
+    shown = min(length, TOKENS)
+    layers = _chosen(model, shown, tokens)
     panels = []
-    for name, pattern in patterns.items():
-        cells = pattern.visible(token[:, None], token[None, :], length=length)
-        colours = shade_kinds(cells[None])
-        panels.append(Panel(colours, cost(pattern, length, heads=1), name, repr(pattern)))
+    for kind in kinds_of_layers(model, length):
+        visible = layers.get(kind.layers[0], kind.visible)
+        colours = shade_kinds(first_cells(visible, shown, length)[None])
+        caption = cost(kind.visible, length, 1, kind.attention.is_causal)
+        panels.append(Panel(colours, caption, kind.label, repr(kind.visible)))
     draw_sheet(panels, path, columns=4)
     return path
 
@@ -75,7 +81,8 @@ def draw_families(path: Path) -> None:
     for name, text in FAMILIES.items():
         layers = [parse(text).on_layer(n) for n in range(FAMILY_LAYERS)]
         colours = shade_kinds(kinds_of_heads(visible_cells(layers[0], length, heads)))
-        panels.append(Panel(colours, cost(layers[0], length, heads), name, text, width=2))
+        caption = cost(layers[0], length, heads, layers[0].is_causal)
+        panels.append(Panel(colours, caption, name, text, width=2))
         first = depths(layers, length, heads)
         panels.append(Panel(shade_depths(first), reach(first, layers[0].is_causal)))
     scale = f"a row is a query, a column a key; {length} tokens, {heads} heads"
@@ -91,42 +98,70 @@ def draw_model(name: str, length: int, path: Path) -> None:
         length: tokens of the sequence.
         path: where the file goes; its folder must exist.
     """
-    model = build(name)
-    layers = [block.attention.pattern for block in model.blocks]
-    alike: dict[tuple[str, Pattern], list[int]] = {}
-    for n, pattern in enumerate(layers):  # random blocks alone do not make a layer different
-        alike.setdefault((model.layout[n], pattern.on_layer(-n)), []).append(n)
+    draw_sheet_of(build(name), name, length, path)
+
+
+def draw_sheet_of(model: Transformer, name: str, length: int, path: Path) -> None:
+    """Draw a model that is called ``name``; see `draw_model`."""
+    layers = [attention.visible(length) for _, attention in model.attentions()]
+    layers = dict(enumerate(layers)) | _chosen(model, length)
     panels, most = [], 1
-    for (attention, pattern), numbers in alike.items():
-        kinds = kinds_of_heads(visible_cells(layers[numbers[0]], length, model.heads))
-        caption = cost(pattern, length, model.heads)
-        text = f"{ranges(numbers)}\n{pattern!r}"
-        panels.append(Panel(shade_kinds(kinds), caption, attention, text))
-        most = max(most, len(kinds))
-    first = depths(layers, length, model.heads)
-    caption = reach(first, all(pattern.is_causal for pattern in layers))
+    for kind in kinds_of_layers(model, length):
+        heads = kinds_of_heads(visible_cells(layers[kind.layers[0]], length, model.heads))
+        caption = cost(kind.visible, length, model.heads, kind.attention.is_causal)
+        text = f"{ranges(kind.layers)}\n{kind.visible!r}"
+        panels.append(Panel(shade_kinds(heads), caption, kind.name, text))
+        most = max(most, len(heads))
+    first = depths(layers.values(), length, model.heads)
+    caption = reach(first, all(attention.is_causal for _, attention in model.attentions()))
     panels.append(Panel(shade_depths(first), caption, "all layers"))
     keys = [key_of_kinds(most), key_of_depths(int(first.max()))]
     draw_sheet(panels, path, columns=4, keys=keys, title=f"{name}, {length:,} tokens")
 
 
+def _chosen(model: Transformer, length: int, tokens: Tensor | None = None) -> dict[int, Chosen]:
+    """What the layers show that choose keys by content, by their number, from 0.
+
+    They choose for ``tokens (1, L)``, or for random ones.
+    """
+    if not _chooses(model, length):
+        return {}
+    if tokens is None:
+        generator = torch.Generator().manual_seed(0)
+        tokens = torch.randint(model.vocab_size, (1, length), generator=generator)
+    layers = visible_for(model, tokens[:, :length].to(model.embedding.weight.device))
+    return {n: shown for n, shown in enumerate(layers) if isinstance(shown, Chosen)}
+
+
+def _chooses(model: Transformer, length: int) -> bool:
+    """Whether any layer chooses keys by content."""
+    shown = (attention.visible(length) for _, attention in model.attentions())
+    return any(isinstance(visible, Chosen) for visible in shown)
+
+
 def build(name: str) -> Transformer:
-    """The model that ``python train.py model=NAME`` trains, without memory for its weights."""
+    """The model that ``python train.py model=NAME`` trains.
+
+    It has no memory for weights, unless a layer chooses keys by content.
+    """
     with initialize_config_dir(version_base="1.3", config_dir=str(CONF)):
         config = compose("train", overrides=[f"model={name}"])
     with torch.device("meta"):
-        return instantiate(config.model)
+        model = instantiate(config.model)
+    if _chooses(model, LONGEST):
+        model.to_empty(device="cpu").initialise()
+    return model.eval()
 
 
-def depths(layers: Sequence[Pattern], length: int, heads: int) -> Tensor:
+def depths(layers: Iterable[Pattern | Chosen], length: int, heads: int) -> Tensor:
     """After how many of the layers each query depends on each key, ``(L, L)``; 0 for never."""
-    return first_reached(visible_cells(p, length, heads).any(dim=0) for p in layers)
+    return first_reached(visible_cells(shown, length, heads).any(dim=0) for shown in layers)
 
 
-def cost(pattern: Pattern, length: int, heads: int) -> str:
+def cost(visible: Pattern | Chosen, length: int, heads: int, is_causal: bool) -> str:
     """How many keys a query sees, and what share of those that dense attention sees."""
-    keys = pattern.keys_per_query(length, heads)
-    dense = (length + 1) / 2 if pattern.is_causal else length
+    keys = visible.keys_per_query(length, heads)
+    dense = (length + 1) / 2 if is_causal else length
     return f"{keys:,.0f} keys per query, {100 * keys / dense:.3g} % of dense"
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from models.cache.key_value import Cache
+from models.cache import Cache
 
 _GRAPH_TOKENS = 16  # from which a graph pays: to make it takes as long as a few eager passes
 

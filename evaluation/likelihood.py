@@ -95,7 +95,7 @@ def likelihood(
     device = next(model.parameters()).device
     windows = sliding_windows(starts, len(tokens), context, stride)
     while batch := list(itertools.islice(windows, max(batch_tokens // context, 1))):
-        # No token sees the padding behind a short document: the model is causal.
+        # A row is of one document, and the model is causal: no token sees the padding behind it.
         rows = [_row(tokens, window, model.vocab_size) for window in batch]
         rows = pad_sequence(rows, batch_first=True, padding_value=-1)
         targets = rows[:, 1:].clone()

@@ -1,4 +1,4 @@
-"""Which cells patterns show, and how far information travels through layers of them."""
+"""Which cells layers show, and how far information travels through layers of them."""
 
 from collections.abc import Iterable
 
@@ -6,20 +6,36 @@ import torch
 from torch import Tensor
 
 from kernels.patterns import Pattern
+from models.attention import Chosen
 
 TILE = 32  # tokens; small tiles leave few cells to look at
 
 
-def visible_cells(pattern: Pattern, length: int, heads: int = 1) -> Tensor:
-    """All cells, from the tiles that the kernels visit: ``(heads, L, L)`` bool.
+def visible_cells(visible: Pattern | Chosen, length: int, heads: int = 1) -> Tensor:
+    """All cells that a layer shows, ``(heads, L, L)`` bool.
 
-    Of a tile that is listed as full no cell is looked at, as in the kernels.
+    Those of a pattern come from the tiles that the kernels visit: of a tile that is listed as full
+    no cell is looked at, as in the kernels.
 
     Args:
-        pattern: what to show.
+        visible: a pattern, or what was chosen for a text of ``length`` tokens.
         length: number of tokens.
-        heads: number of heads; the result has one if they see alike.
+        heads: number of heads; the result of a pattern has one if they see alike.
     """
+    if isinstance(visible, Chosen):
+        return visible.cells
+    return _cells_of_tiles(visible, length, heads)
+
+
+def first_cells(visible: Pattern | Chosen, tokens: int, length: int) -> Tensor:
+    """What the first head sees of the first ``tokens`` of ``length``: ``(tokens, tokens)`` bool."""
+    if isinstance(visible, Chosen):
+        return visible.cells[0]
+    token = torch.arange(tokens)
+    return visible.visible(token[:, None], token[None, :], length=length)
+
+
+def _cells_of_tiles(pattern: Pattern, length: int, heads: int) -> Tensor:
     tiles = pattern.tiles(length, TILE, heads)
     row, column = tiles.rows().long(), tiles.keys.long()
     head, row = row // tiles.shape[0], row % tiles.shape[0]

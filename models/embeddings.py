@@ -1,4 +1,4 @@
-"""Positions: rotary ones, and learned ones of rasters (images, or text as a matrix)."""
+"""What enters the first block: tokens, learned positions and vectors in front; rotary tables."""
 
 import math
 from collections.abc import Sequence
@@ -18,7 +18,6 @@ class RasterPositions(nn.Module):
     Args:
         dim: width of the model.
         shape: how many there are of each coordinate; the last one runs fastest.
-        std: standard deviation of the sum, at the start.
 
     Raises:
         ValueError: unless ``shape`` is two or more positive numbers.
@@ -28,19 +27,19 @@ class RasterPositions(nn.Module):
         2 for text).
     """
 
-    def __init__(self, dim: int, shape: Sequence[int], std: float):
+    def __init__(self, dim: int, shape: Sequence[int]):
         super().__init__()
         if len(shape) < 2 or min(shape) < 1:
             raise ValueError(
-                f"learned positions need two or more sizes, such as model.image_shape=[32,32,3] or "
-                f"model.matrix_shape=[96,128], got {list(shape)}; null is for no such positions."
+                f"learned positions need two or more sizes, such as [32, 32, 3] for images or "
+                f"[96, 128] for text, got {list(shape)}; change model.embedding.image_shape or "
+                f"matrix_shape (null: no such positions)."
             )
         self.shape = tuple(shape)
         self.coordinates = nn.ModuleList(nn.Embedding(size, dim) for size in shape)
-        self.reset(std)
 
-    def reset(self, std: float) -> None:
-        """Draw the embeddings anew, so that their sum has this standard deviation."""
+    def draw(self, std: float) -> None:
+        """Draw the embeddings, so that their sum has this standard deviation."""
         for embedding in self.coordinates:
             nn.init.normal_(embedding.weight, std=std / len(self.shape) ** 0.5)
 
@@ -55,7 +54,7 @@ class RasterPositions(nn.Module):
             raise ValueError(
                 f"learned positions reach {math.prod(self.shape):,} tokens {self.shape}, got "
                 f"{first + length:,}; shorten the sequence (data.length, context), or train with a "
-                f"larger model.matrix_shape."
+                f"larger model.embedding.matrix_shape."
             )
         token = first + torch.arange(length, device=self.coordinates[0].weight.device)
         total = 0
@@ -65,17 +64,108 @@ class RasterPositions(nn.Module):
         return total
 
 
-def rotary_tables(
-    length: int, head_size: int, base: float, device: torch.device, first: int | Tensor = 0
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of the angles of ``length`` positions from number ``first``.
+class Embedding(nn.Embedding):
+    """Tokens, and what is added to them or stands in front of them.
 
-    Two float32 tensors ``(L, head_size / 2)``; ``first`` is an int or a tensor ().
+    Its rows are the ``vocab_size`` tokens, the start id (``vocab_size``: an input only, never an
+    output) and, if ``mask``, the mask id (``vocab_size + 1``).
+
+    Args:
+        dim: width of the model.
+        vocab_size: number of different tokens.
+        mask: whether there is a mask id, for models that predict masked tokens.
+        image_shape: rows, columns and channels of the images that the tokens are: adds a learned
+            embedding of each, so sequences must begin where an image does; None: no images.
+        matrix_shape: rows and columns: adds a learned embedding of each, as if the text were
+            written into a matrix; None: no such positions.
+        global_vectors: learned vectors in front of the tokens, which are no text and not scored
+            (the extra tokens of BigBird-ETC).
+        dropout: probability, on all of it.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        *,
+        vocab_size: int,
+        mask: bool = False,
+        image_shape: Sequence[int] | None = None,
+        matrix_shape: Sequence[int] | None = None,
+        global_vectors: int = 0,
+        dropout: float = 0.0,
+    ):
+        if vocab_size < 1 or global_vectors < 0 or not 0 <= dropout < 1:
+            raise ValueError(
+                f"an embedding needs a vocab_size of at least 1, 0 or more global vectors and a "
+                f"dropout in [0, 1), got model.embedding.vocab_size={vocab_size}, "
+                f"model.embedding.global_vectors={global_vectors} and "
+                f"model.embedding.dropout={dropout} (model.block.dropout if it is not set)."
+            )
+        super().__init__(vocab_size + 1 + mask, dim)
+        self.vocab_size, self.start_id = vocab_size, vocab_size
+        self.mask_id = vocab_size + 1 if mask else None
+        shapes = [shape for shape in (image_shape, matrix_shape) if shape is not None]
+        self.positions = nn.ModuleList(RasterPositions(dim, shape) for shape in shapes)
+        self.global_vectors = nn.Embedding(global_vectors, dim) if global_vectors else None
+        self.dropout = nn.Dropout(dropout)
+
+    @property
+    def num_global(self) -> int:
+        """Vectors in front of the tokens."""
+        return 0 if self.global_vectors is None else self.global_vectors.num_embeddings
+
+    def draw(self, std: float) -> None:
+        """Draw all of it: tokens, vectors and the sum of each kind of positions."""
+        nn.init.normal_(self.weight, std=std)
+        for positions in self.positions:
+            positions.draw(std)
+        if self.global_vectors is not None:
+            nn.init.normal_(self.global_vectors.weight, std=std)
+
+    @torch.no_grad()
+    def clear_start(self) -> None:
+        """Set the start id to zero: it is hardly ever trained, so it begins as "nothing known"."""
+        # By a mask, because a row of a weight whose rows are sharded would be a copy.
+        number = torch.ones_like(self.weight[:, :1], dtype=torch.int64).cumsum(dim=0)
+        self.weight.masked_fill_(number == self.start_id + 1, 0.0)
+
+    def forward(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor:
+        """Token ids ``(B, L)`` -> ``(B, num_global + L, dim)``.
+
+        Args:
+            tokens: ids.
+            first: number of the first of them in its sequence, an int or a tensor ().
+
+        Raises:
+            ValueError: if there are no positions for so many.
+        """
+        x = super().forward(tokens)
+        for positions in self.positions:
+            x = x + positions(tokens.shape[1], first)
+        if self.global_vectors is not None:
+            vectors = self.global_vectors.weight.to(x.dtype)
+            x = torch.cat((vectors.expand(len(x), -1, -1), x), dim=1)
+        return self.dropout(x)
+
+    def check_length(self, length: int) -> None:
+        """Refuse sequences that there are no positions for.
+
+        Raises:
+            ValueError: if ``length`` is more than the learned positions reach.
+        """
+        for positions in self.positions:
+            positions(length)
+
+
+def rotary_tables(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of the angles of ``positions (L,)``: two float32 ``(L, head_size / 2)``.
 
     Source:
         RoFormer, Su et al. 2021, arXiv:2104.09864, eq. 15; wavelengths from 2 pi to 2 pi ``base``.
     """
-    pairs = torch.arange(0, head_size, 2, device=device, dtype=torch.float32)
-    position = torch.arange(length, device=device, dtype=torch.float32) + first
-    angle = position[:, None] * base ** (-pairs / head_size)
+    pairs = torch.arange(0, head_size, 2, device=positions.device, dtype=torch.float32)
+    angle = positions.float()[:, None] * base ** (-pairs / head_size)
     return angle.cos(), angle.sin()

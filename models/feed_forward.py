@@ -1,6 +1,7 @@
-"""Feed-forward layers: modules made with ``(dim, hidden)``, ``(..., dim)`` in and out.
+"""Feed-forward layers: modules made with ``(dim, hidden, own keywords)``, ``(..., dim)`` to it.
 
-Each has its width where ``hidden`` is None, and its last map, ``out``, starts at zero.
+``hidden`` is the width inside; None takes the default of the layer. The last map, ``out``, starts
+at zero.
 """
 
 from collections.abc import Callable
@@ -19,12 +20,16 @@ class SwiGLU(nn.Module):
     `MLP` of ``4 dim``.
     """
 
-    def __init__(self, dim: int, hidden: int | None):
+    def __init__(self, dim: int, hidden: int | None = None):
         super().__init__()
-        hidden = -(-8 * dim // (3 * 64)) * 64 if hidden is None else hidden
+        hidden = _width(hidden, default=-(-8 * dim // (3 * 64)) * 64)
         self.gate_and_up = nn.Linear(dim, 2 * hidden, bias=False)
         self.out = nn.Linear(hidden, dim, bias=False)
-        nn.init.normal_(self.gate_and_up.weight, std=dim**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+        nn.init.normal_(self.gate_and_up.weight, std=self.gate_and_up.in_features**-0.5)
         nn.init.zeros_(self.out.weight)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,23 +56,35 @@ class MLP(nn.Module):
     """
 
     def __init__(
-        self, dim: int, hidden: int | None, *, activation: str = "gelu", bias: bool = True
+        self, dim: int, hidden: int | None = None, *, activation: str = "gelu", bias: bool = True
     ):
         super().__init__()
         if activation not in ACTIVATIONS:
             raise ValueError(
                 f"activation must be one of {', '.join(ACTIVATIONS)}, got {activation}; change "
-                f"`model.feed_forward.activation`."
+                f"`model.block.feed_forward.activation`."
             )
-        hidden = 4 * dim if hidden is None else hidden
+        hidden = _width(hidden, default=4 * dim)
         self.up = nn.Linear(dim, hidden, bias=bias)
         self.out = nn.Linear(hidden, dim, bias=bias)
         self.activation = ACTIVATIONS[activation]
-        nn.init.normal_(self.up.weight, std=dim**-0.5)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+        nn.init.normal_(self.up.weight, std=self.up.in_features**-0.5)
         nn.init.zeros_(self.out.weight)
-        if bias:
+        if self.up.bias is not None:
             nn.init.zeros_(self.up.bias)
             nn.init.zeros_(self.out.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(self.activation(self.up(x)))
+
+
+def _width(hidden: int | None, default: int) -> int:
+    if hidden is not None and hidden < 1:
+        raise ValueError(
+            f"model.block.feed_forward.hidden must be at least 1 or null, got {hidden}."
+        )
+    return default if hidden is None else hidden

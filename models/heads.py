@@ -5,6 +5,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.embeddings import Embedding
+from models.norms import make_norm
+
 LOGITS_AT_ONCE = 2**25  # 128 MiB in float32: bytes need no chunks up to 131,072 tokens
 
 
@@ -12,19 +15,29 @@ class Head(nn.Module):
     """Logits of the next token. Starts at zero: an untrained model is exactly uniform.
 
     Args:
-        norm: of the hidden states, ``(..., dim)`` in and out.
-        vocab_size: number of tokens that can be predicted.
-        embedding: tie the weight to the first ``vocab_size`` rows of this embedding.
+        dim: width of the model.
+        embedding: of the tokens that can be predicted, ``vocab_size`` of them.
+        norm: of the hidden states, ``"rms"`` or ``"layer"``.
+        tied: the weight is the first ``vocab_size`` rows of the embedding.
+
+    Raises:
+        ValueError: if the norm is unknown.
     """
 
-    def __init__(self, norm: nn.Module, vocab_size: int, embedding: nn.Embedding | None = None):
+    def __init__(self, dim: int, embedding: Embedding, *, norm: str = "rms", tied: bool = False):
         super().__init__()
-        self.vocab_size = vocab_size
-        self.norm = norm
-        if embedding is None:
-            self.weight = nn.Parameter(torch.zeros(vocab_size, norm.weight.shape[0]))
-        else:
-            self.weight = embedding.weight
+        self.vocab_size = embedding.vocab_size
+        self.norm = make_norm(norm, dim)
+        # The module and not its weight, so that memory which is given later is one and the same.
+        self.embedding = embedding if tied else None
+        if not tied:
+            self.weight = nn.Parameter(torch.empty(self.vocab_size, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the initial weights."""
+        if self.embedding is None:
+            nn.init.zeros_(self.weight)
 
     def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
         """``(..., dim)`` -> logits ``(..., vocab_size)``.
@@ -32,7 +45,8 @@ class Head(nn.Module):
         With ``targets (N,)`` of ``x (N, dim)``, what `nats` says of them: the logits of so many
         tokens are held at once.
         """
-        logits = F.linear(self.norm(x), self.weight[: self.vocab_size])
+        weight = self.weight if self.embedding is None else self.embedding.weight
+        logits = F.linear(self.norm(x), weight[: self.vocab_size])
         if targets is None:
             return logits
         return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction="none")

@@ -1,6 +1,6 @@
-"""Initial weights as papers draw them: functions that are applied to a whole model.
+"""Initial weights: each module's own, and those of papers, which are drawn over them.
 
-Without one, a model starts with zero output maps, every block being the identity.
+With their own, output maps are zero, so that every block is the identity.
 """
 
 import math
@@ -8,6 +8,17 @@ import math
 from torch import nn
 
 from models.attention.longformer import LongformerAttention
+
+
+def reset_modules(module: nn.Module, done: set[nn.Module] | None = None) -> None:
+    """Let all modules below ``module`` draw their own weights: each once, children first."""
+    done = set() if done is None else done
+    for child in module.children():
+        if child not in done:
+            done.add(child)
+            reset_modules(child, done)
+            if hasattr(child, "reset_parameters"):
+                child.reset_parameters()
 
 
 def sparse_transformer(model: nn.Module) -> None:
@@ -25,7 +36,7 @@ def sparse_transformer(model: nn.Module) -> None:
         scale = (2 * len(model.blocks)) ** -0.5 if name.endswith(".out") else 1.0
         nn.init.normal_(linear.weight, std=scale * math.sqrt(0.125 / linear.in_features))
     _copy_projections(model)
-    _draw_embeddings(model, 0.125 / math.sqrt(model.dim))
+    model.embedding.draw(0.125 / math.sqrt(model.dim))
 
 
 def scaled_normal(model: nn.Module, *, std: float = 0.02) -> None:
@@ -40,7 +51,7 @@ def scaled_normal(model: nn.Module, *, std: float = 0.02) -> None:
         scale = (2 * len(model.blocks)) ** -0.5 if name.endswith(".out") else 1.0
         nn.init.normal_(linear.weight, std=scale * std)
     _copy_projections(model)
-    _draw_embeddings(model, std)
+    model.embedding.draw(std)
 
 
 def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
@@ -49,14 +60,7 @@ def _linears(model: nn.Module) -> list[tuple[str, nn.Linear]]:
 
 
 def _copy_projections(model: nn.Module) -> None:
+    """Maps that start as copies of others are copied again."""
     for module in model.modules():
         if isinstance(module, LongformerAttention):
-            module.copy_projections()
-
-
-def _draw_embeddings(model: nn.Module, std: float) -> None:
-    nn.init.normal_(model.embedding.weight, std=std)
-    if model.global_vectors is not None:
-        nn.init.normal_(model.global_vectors.weight, std=std)
-    for positions in model.positions:
-        positions.reset(std)
+            module.reset_parameters()

@@ -17,7 +17,7 @@ from training.config.validate import GROUPS
 from training.run.checkpoint import read_checkpoint
 
 HARD = [  # everything that could make a resumed run another run
-    "trainer.max_steps=12", "data.micro_tokens=256", "data.workers=2", "model.dropout=0.2",
+    "trainer.max_steps=12", "data.micro_tokens=256", "data.workers=2", "model.block.dropout=0.2",
     "callbacks=ema", "callbacks.checkpoints.every_steps=4", "trainer.validate_every=6",
 ]  # fmt: skip
 
@@ -179,8 +179,11 @@ def test_help_is_readable():
         (["resume=/no/such.ckpt"], ["/no/such.ckpt"]),
         (["trainer.max_steps=1e3"], ["trainer.max_steps", "whole number", "1000.0"]),
         (["model.attention.bigbird.block=two"], ["bigbird.block", "whole number", "'two'"]),
-        (["model.dropout=null"], ["model.dropout", "a number", "null"]),
-        (["model.feed_forward=null"], ["model.feed_forward must be a mapping, got null"]),
+        (["model.block.dropout=null"], ["model.block.dropout", "a number", "null"]),
+        (
+            ["model.block.feed_forward=null"],
+            ["model.block.feed_forward must be a mapping, got null"],
+        ),
         (["trainer.max_steps=null"], ["trainer.max_minutes"]),
         (["trainer=base"], ["`trainer.accelerator` has no value"]),
         (["~trainer.devices"], ["make_trainer lacks 'devices'"]),

@@ -1,11 +1,11 @@
 """What a model is trained to predict: how a batch becomes inputs and targets."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from kernels.patterns import Pattern
+from models.attention import Attention
 
 
 class NextToken:
@@ -52,13 +52,15 @@ class MaskedToken:
         return batch.shape[2]
 
 
-def check_attention(objective: NextToken | MaskedToken, patterns: Mapping[str, Pattern]) -> None:
-    """Refuse attention that cannot be trained so.
+def check_attention(
+    objective: NextToken | MaskedToken, attentions: Iterable[tuple[str, Attention]]
+) -> None:
+    """Refuse attention, name and module of each layer, that cannot be trained so.
 
     Raises:
-        ValueError: if a pattern is causal and the objective is not, or the other way round.
+        ValueError: if one is causal and the objective is not, or the other way round.
     """
-    wrong = [name for name, pattern in patterns.items() if pattern.is_causal != objective.causal]
+    wrong = {name: None for name, made in attentions if made.is_causal != objective.causal}
     if not wrong:
         return
     names = " and ".join(wrong)

@@ -28,7 +28,7 @@ class SequenceTask(L.LightningModule):
 
     Args:
         model: has ``loss(inputs, targets) -> (nats, count)``, ``vocab_size`` (the start id) and
-            ``patterns()``; for masked tokens, ``masked``.
+            ``attentions()``; for masked tokens, a mask id in its ``embedding``.
         objective: splits a batch into inputs and targets.
         optimizer: makes the optimizer from the model; its learning rates are the peak rates.
         schedule: ``(step, progress) -> factor`` of the peak rates, in each phase of the run.
@@ -48,11 +48,11 @@ class SequenceTask(L.LightningModule):
         seed: int,
     ):
         super().__init__()
-        check_attention(objective, model.patterns())
-        if not objective.causal and not model.masked:
+        check_attention(objective, model.attentions())
+        if not objective.causal and model.embedding.mask_id is None:
             raise ValueError(
-                "masked tokens need a model with a mask id, got model.masked=false; leave it to "
-                "objective=masked_token."
+                "masked tokens need a model with a mask id, got model.embedding.mask=false; leave "
+                "it to objective=masked_token."
             )
         # Wrong settings show here, before anything is written.
         schedule(0, 0.0)

@@ -37,8 +37,14 @@ class DenseAttention(PatternAttention):
         pattern = patterns.causal() if causal else patterns.full()
         super().__init__(dim, heads, layer, pattern=pattern, projections=projections)
 
+    # Another kernel for the same keys: what is kept, counted and shown is the pattern's.
+    is_causal = PatternAttention.is_causal
+    cache = PatternAttention.cache
+    flops_per_token = PatternAttention.flops_per_token
+    visible = PatternAttention.visible
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor, context: Context) -> Tensor:
         if context.documents is not None:  # which torch's kernels cannot do without an L x L mask
             return super().attend(q, k, v, context)
         with sdpa_kernel(BACKENDS, set_priority=True):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=self.pattern.is_causal)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=self.is_causal)

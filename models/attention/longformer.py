@@ -1,6 +1,5 @@
 """Longformer (Beltagy et al. 2020, arXiv:2004.05150): sliding windows and global tokens."""
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -58,42 +57,59 @@ class LongformerAttention(PatternAttention):
                 f"dilated_heads must be from 0 to heads={heads} and global_tokens at least 0, got "
                 f"{dilated_heads} and {global_tokens}."
             )
-        lists = {"window": window, "dilation": dilation}
-        listed = {name: len(n) for name, n in lists.items() if not isinstance(n, int)}
+        own_window = _of_layer("window", window, layer)
         shape = {
             "causal": causal,
             "dilation": _of_layer("dilation", dilation, layer),
             "heads": (heads - dilated_heads, dilated_heads),
             "global_tokens": global_tokens,
         }
-        window = _of_layer("window", window, layer)
-        pattern = _pattern(window, **shape)
+        pattern = _pattern(own_window, **shape)
         super().__init__(dim, heads, layer, pattern=pattern, projections=projections)
-        self._shape = shape
-        self.listed = listed  # of how many layers, which the model knows
-        self.set_window(window)
+        self.lists = {
+            name: list(numbers)
+            for name, numbers in (("window", window), ("dilation", dilation))
+            if not isinstance(numbers, int)
+        }
+        self.global_tokens = global_tokens
+        # The rows of global tokens that have maps of their own are computed apart.
+        self.pattern_without_rows = prepared(_pattern(own_window, **shape, rows=False))
         self.global_projections = None
         if global_tokens and global_projections and not causal:
-            self.global_projections = copy.deepcopy(self.projections)
+            self.global_projections = projections(dim, heads)
             self.global_projections.out = None  # heads are joined by the common map
+            self.reset_parameters()
 
-    def copy_projections(self) -> None:
+    def reset_parameters(self) -> None:
         """Make the maps of global tokens, if any, copies of the others, as they start."""
         if self.global_projections is not None:
-            self.global_projections.qkv.load_state_dict(self.projections.qkv.state_dict())
+            own, common = self.global_projections, self.projections
+            with torch.no_grad():
+                for name, parameter in own.named_parameters():
+                    parameter.copy_(common.get_parameter(name))
 
-    def set_window(self, window: int) -> None:
-        """Change the window, as from one phase of training to the next."""
-        self.pattern = prepared(_pattern(window, **self._shape))
-        # The rows of global tokens that have maps of their own are computed apart.
-        self._without_rows = prepared(_pattern(window, **self._shape, rows=False))
+    def check_model(self, layers: int, rotary: bool) -> None:
+        super().check_model(layers, rotary)
+        for name, numbers in self.lists.items():
+            if len(numbers) > layers:
+                raise ValueError(
+                    f"{name} must be one number or have one for each of the {layers} layers, got "
+                    f"{len(numbers)}: {numbers}."
+                )
+
+    # Maps of their own change what global tokens compute, and not which keys are seen; a causal
+    # layer, which alone can be cached, has none.
+    is_causal = PatternAttention.is_causal
+    cache = PatternAttention.cache
+    flops_per_token = PatternAttention.flops_per_token
+    visible = PatternAttention.visible
 
     def forward(self, x: Tensor, context: Context) -> Tensor:
         if self.global_projections is None:
             return super().forward(x, context)
         q, k, v = self.projections.split(x, context)
-        out, _ = attend(q, k, v, self._without_rows, documents=context.documents)
-        count = self._shape["global_tokens"]
+        out, _ = attend(q, k, v, self.pattern_without_rows, documents=context.documents)
+        count = self.global_tokens
         q, k, v = self.global_projections.split(x, context)
         rows = F.scaled_dot_product_attention(
             q[:, :, :count], k, v, attn_mask=_same_document(context.documents, count)

@@ -1,16 +1,24 @@
 """Attention over the keys that one declared pattern shows: what every static family is made of."""
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from kernels.attend import attend
 from kernels.patterns import Pattern, parse
-from models.attention import Context
+from models.attention import Attention, Context
 from models.attention.projections import MakeProjections, Projections
 from models.cache.key_value import KeyValueCache
 
+COMPUTES = ("forward", "attend", "route")
+DESCRIBES = ("is_causal", "cache", "flops_per_token", "visible")
 
-class PatternAttention(nn.Module):
+
+class PatternAttention(Attention):
     """Each query sees the keys that the pattern shows it, in one softmax.
+
+    A subclass that computes in another way (`forward`, `attend` or `route` of its own) must also
+    say what it keeps, costs and shows (`is_causal`, `cache`, `flops_per_token`, `visible`). Those
+    of this class are of the pattern: with another rule, generation would see other keys than
+    training did.
 
     Args:
         pattern: terms of ``kernels.patterns`` or their text, which is all that a new attention
@@ -41,6 +49,17 @@ class PatternAttention(nn.Module):
             )
         self.pattern = prepared(pattern.on_layer(layer))
 
+    def __init_subclass__(cls, **keywords):
+        super().__init_subclass__(**keywords)
+        computed = min((_depth(cls, name), name) for name in COMPUTES)
+        missing = [name for name in DESCRIBES if _depth(cls, name) > computed[0]]
+        if missing:
+            raise TypeError(
+                f"{cls.__name__} has a `{computed[1]}` of its own and would keep, count and show "
+                f"what the pattern does; give it {', '.join(missing)} too (`cache = "
+                f"PatternAttention.cache` where the pattern's is right), or derive from Attention."
+            )
+
     def forward(self, x: Tensor, context: Context) -> Tensor:
         q, k, v = self.projections.split(x, context)
         if context.cache is None:
@@ -57,17 +76,32 @@ class PatternAttention(nn.Module):
         out, _ = attend(q, k, v, self.pattern, documents=context.documents)
         return out
 
+    @property
+    def is_causal(self) -> bool:
+        return self.pattern.is_causal
+
     def cache(self, length: int) -> KeyValueCache:
-        """An empty cache for sequences of ``length`` tokens."""
         return KeyValueCache(self.pattern, self.projections.heads, length)
 
     def flops_per_token(self, length: int) -> float:
-        """Forward operations of scores and weighted sums, mean over the tokens of a sequence."""
         keys = self.pattern.keys_per_query(length, self.projections.heads)
         return 2 * (self.projections.qk_dim + self.projections.dim) * keys
+
+    def visible(
+        self, length: int, x: Tensor | None = None, context: Context | None = None
+    ) -> Pattern:
+        return self.pattern
+
+    def check_model(self, layers: int, rotary: bool) -> None:
+        self.projections.check_model(rotary)
 
 
 def prepared(pattern: Pattern) -> Pattern:
     """The pattern, which keeps what attention asks of it: its parts are not asked again."""
     _ = pattern.encoded, pattern.is_causal, pattern.past_seen_up_to, pattern.future_seen_up_to
     return pattern
+
+
+def _depth(cls: type, name: str) -> int:
+    """How many classes up a member is defined; 0: in this one."""
+    return next(n for n, parent in enumerate(cls.__mro__) if name in vars(parent))

@@ -50,12 +50,34 @@ class Projections(nn.Module):
         self.out = nn.Linear(dim, dim, bias=bias)
         self.q_gain = self.k_gain = None
         if qk_norm:
-            self.q_gain, self.k_gain = (nn.Parameter(torch.ones(qk_dim // heads)) for _ in range(2))
-        nn.init.normal_(self.qkv.weight, std=dim**-0.5)
-        nn.init.zeros_(self.out.weight)
-        if bias:
-            nn.init.zeros_(self.qkv.bias)
-            nn.init.zeros_(self.out.bias)
+            self.q_gain, self.k_gain = (
+                nn.Parameter(torch.empty(qk_dim // heads)) for _ in range(2)
+            )
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw the initial weights."""
+        nn.init.normal_(self.qkv.weight, std=self.dim**-0.5)
+        if self.out is not None:
+            nn.init.zeros_(self.out.weight)
+        for linear in (self.qkv, self.out):
+            if linear is not None and linear.bias is not None:
+                nn.init.zeros_(linear.bias)
+        if self.q_gain is not None:
+            nn.init.ones_(self.q_gain)
+            nn.init.ones_(self.k_gain)
+
+    def check_model(self, rotary: bool) -> None:
+        """Refuse rotary positions for queries that are not as wide as the model.
+
+        Raises:
+            ValueError: if the model has them and the queries are not.
+        """
+        if rotary and self.qk_dim != self.dim:
+            raise ValueError(
+                f"rotary positions need queries as wide as the model ({self.dim}), got "
+                f"qk_dim={self.qk_dim}; set model.rotary_base=null."
+            )
 
     def split(self, x: Tensor, context: Context) -> tuple[Tensor, Tensor, Tensor]:
         """``(B, L, dim)`` -> q, k, v, each ``(B, H, L, D)``, views of ``(B, L, H, D)`` memory."""

@@ -1,16 +1,15 @@
 """The keys and values that decoding keeps: those that the pattern can still reach."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
 from kernels.patterns import Pattern
 from kernels.patterns.retention import cache_plan
+from models.cache import LayerCache
 
 
-class KeyValueCache:
-    """Keys and values of one layer: takes the first tokens at once, then one after the other.
+class KeyValueCache(LayerCache):
+    """Keys and values of a layer with a pattern. A window, say, is a ring of as many slots.
 
     Args:
         pattern: which keys are visible, causal.
@@ -23,7 +22,6 @@ class KeyValueCache:
 
     def __init__(self, pattern: Pattern, heads: int, length: int):
         self.plan = cache_plan(pattern, heads, length)
-        self.tokens = 0  # that `fill` took
 
     def fill(self, k: Tensor, v: Tensor) -> None:
         """Take keys ``(B, H, L, D)`` and values ``(B, H, L, Dv)`` of the first ``L`` tokens."""
@@ -44,8 +42,6 @@ class KeyValueCache:
     def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Take the next key ``(B, H, 1, D)`` and value, and attend with the query that they have.
 
-        `Cache.advance` says which token that is; until then, the same one may come again.
-
         Returns:
             ``(B, H, 1, Dv)`` in the dtype of ``v``; 0 where the query sees no key.
         """
@@ -58,29 +54,6 @@ class KeyValueCache:
             weight = score.masked_fill(hidden, float("-inf")).softmax(dim=-1)
             return (weight.masked_fill(hidden, 0) @ self.values.float()).to(v.dtype)
 
-
-class Cache:
-    """What decoding keeps of a sequence: the caches of all layers, and the place of its next token.
-
-    The first pass takes as many tokens as there are; before each later one, which takes a single
-    token, comes `advance`. All that differs between such passes is then in tensors that stay where
-    they are, and a pass neither changes nor reads anything on the host: it can be captured as a
-    CUDA graph, and to run it twice is to run it once.
-
-    Args:
-        layers: the cache of each layer, from the first up.
-    """
-
-    def __init__(self, layers: Sequence[KeyValueCache]):
-        self.layers = layers
-        self.position: int | Tensor = 0  # of the first token of a pass; later a tensor ()
-
-    def advance(self) -> None:
-        """Go on to the next token."""
-        if not isinstance(self.position, Tensor):
-            layer = self.layers[0]
-            self.position = torch.full((), layer.tokens - 1, device=layer.keys.device)
-        self.position += 1
-        slot, seen = zip(*[next(layer.steps) for layer in self.layers], strict=True)
-        torch._foreach_copy_([layer.slot for layer in self.layers], slot)  # one launch for all
-        torch._foreach_copy_([layer.seen for layer in self.layers], seen)
+    def advance(self) -> list[tuple[Tensor, Tensor]]:
+        slot, seen = next(self.steps)
+        return [(self.slot, slot), (self.seen, seen)]

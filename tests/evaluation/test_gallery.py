@@ -1,9 +1,11 @@
 """The gallery: pictures of what patterns show and reach, from the tiles that the kernels visit."""
 
 import sys
+from functools import partial
 
 import pytest
 import torch
+from hydra.utils import instantiate
 from matplotlib.colors import to_rgb
 from matplotlib.image import imread
 from PIL import Image
@@ -12,7 +14,8 @@ from evaluation import gallery
 from evaluation.raster import kinds_of_heads, visible_cells
 from evaluation.sheet import INK, PANEL, PAPER, SEVERAL, TINTS, shade_kinds
 from kernels.patterns import parse
-from tests.support.configs import MODELS
+from models.attention.pattern import PatternAttention
+from tests.support.configs import MODELS, SMALL, composed
 
 
 @pytest.mark.parametrize("length", [1, 31, 32, 100])
@@ -79,13 +82,17 @@ def test_all_families_fit_a_small_file(tmp_path):
 
 
 def test_a_picture_of_a_very_long_sequence_shows_its_beginning(tmp_path):
-    patterns = {"a": parse("causal() & window(9)"), "b": parse("window(9, 9) | global_tokens(8)")}
-    gallery.draw_patterns(patterns, 2**20, tmp_path / "picture.png")
+    texts = {"a": "causal() & window(9)", "b": "window(9, 9) | global_tokens(8)"}
+    attention = {name: partial(PatternAttention, pattern=text) for name, text in texts.items()}
+    make = instantiate(composed("model=dense", *SMALL).model, _partial_=True)
+    model = make(attention=attention, layout=["a", "b"])
+    gallery.draw_layers(model, 2**20, tmp_path / "picture.png")
     assert imread(tmp_path / "picture.png").std() > 0
 
 
 def test_a_single_token_has_a_picture_too(tmp_path):
-    gallery.draw_patterns({"a": parse("causal()")}, 1, tmp_path / "picture.png")
+    model = instantiate(composed("model=dense", *SMALL).model)
+    gallery.draw_layers(model, 1, tmp_path / "picture.png")
     assert imread(tmp_path / "picture.png").std() > 0
 
 

@@ -150,7 +150,7 @@ def test_a_prompt_of_anything_but_tokens_is_refused(token):
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs run on a GPU")
 GRAPHED = [
     ["model=dense"],
-    ["model=dense", "model.rotary_base=null", "model.matrix_shape=[10,10]"],
+    ["model=dense", "model.rotary_base=null", "model.embedding.matrix_shape=[10,10]"],
     ["model=bigbird", "model.attention.bigbird.block=8"],
     ["model=sparse_transformer", "model.attention.sparse_transformer={stride: 16, cells: 4}"],
 ]

@@ -20,7 +20,8 @@ from kernels.patterns import (
     window,
 )
 from kernels.patterns.retention import cache_plan, last_queries
-from models.cache.key_value import Cache, KeyValueCache
+from models.cache import Cache, LayerCache
+from models.cache.key_value import KeyValueCache
 from tests.kernels.patterns.test_patterns import patterns
 from tests.kernels.patterns.test_tiles import Largest
 from tests.support.configs import SMALL, composed
@@ -136,6 +137,7 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
     layer = KeyValueCache(pattern, heads, length)
     cache = Cache([layer])
     layer.fill(k[:, :, :first], v[:, :, :first])
+    cache.start(first, device)
     for i in range(first, length):
         cache.advance()
         for _ in range(2):  # the same token again changes nothing
@@ -145,12 +147,48 @@ def test_decoding_equals_attention_to_all_tokens(pattern, first, device):
     assert layer.keys.shape[2] == max(most_kept(pattern, length, heads))
 
 
+class Counting(LayerCache):
+    """Changes some tensors with each token."""
+
+    def __init__(self, *kept):
+        self.tokens, self.kept = 3, kept
+
+    def fill(self):
+        pass
+
+    def step(self):
+        return self.kept[0]
+
+    def advance(self):
+        return [(tensor, tensor + 1) for tensor in self.kept]
+
+
+def test_layers_of_all_kinds_advance_together_with_one_launch_a_dtype(monkeypatch):
+    calls, copy = [], torch._foreach_copy_
+    monkeypatch.setattr(torch, "_foreach_copy_", lambda *args: calls.append(args) or copy(*args))
+    layers = [Counting(torch.zeros(2), torch.zeros(1, dtype=torch.long)), Counting(torch.zeros(3))]
+    places = [tensor.data_ptr() for layer in layers for tensor in layer.kept]
+    cache = Cache(layers)
+    cache.start(3, torch.device("cpu"))
+    for n in (1, 2):
+        cache.advance()
+        assert cache.position == 2 + n
+        kept = [tensor for layer in layers for tensor in layer.kept]
+        assert all((tensor == n).all() for tensor in kept)
+        assert [tensor.data_ptr() for tensor in kept] == places
+    assert len(calls) == 2 * 2
+
+
+def test_a_layer_that_kept_other_tokens_than_the_pass_had_is_refused():
+    with pytest.raises(RuntimeError, match="layer 1 did not fill its Counting with the 5 tokens"):
+        Cache([Counting(torch.zeros(1))]).start(5, torch.device("cpu"))
+
+
 # ------------------------------------------------------------------------------------- models
 
 FAMILIES = [
     ["model=dense"],
-    ["model=dense", "data.documents=pack"],
-    ["model=dense", "model.rotary_base=null", "model.matrix_shape=[5,20]"],
+    ["model=dense", "model.rotary_base=null", "model.embedding.matrix_shape=[5,20]"],
     ["model=bigbird", "model.attention.bigbird.block=8"],
     ["model=longformer", "model.attention.longformer={window: [8, 16], dilation: 3}"],
     ["model=longformer", "model.attention.longformer={window: 16, global_tokens: 3}"],
@@ -252,7 +290,7 @@ def test_half_precision_is_cached_in_half_precision(device):
 
 def test_a_model_that_cannot_go_so_far_is_refused_before_it_begins():
     prompt = torch.zeros(1, 10, dtype=torch.long)
-    raster = build("model=dense", "model.rotary_base=null", "model.matrix_shape=[5,4]")
+    raster = build("model=dense", "model.rotary_base=null", "model.embedding.matrix_shape=[5,4]")
     assert generate(raster, prompt, 10).shape == (1, 20)
     assert generate(raster, prompt, 25, context=20).shape == (1, 35)
     with pytest.raises(ValueError, match=r"learned positions reach 20 tokens \(5, 4\), got 35"):

@@ -15,7 +15,7 @@ def build(*overrides):
 
 
 def test_every_place_is_the_sum_of_its_row_column_and_channel():
-    positions = RasterPositions(8, [4, 5, 3], std=1.0)
+    positions = RasterPositions(8, [4, 5, 3])
     entries = positions(60).reshape(4, 5, 3, 8)
     rows, columns, channels = positions.coordinates
     for row, column, channel in [(0, 0, 0), (0, 0, 2), (0, 1, 0), (2, 4, 1), (3, 4, 2)]:
@@ -25,17 +25,19 @@ def test_every_place_is_the_sum_of_its_row_column_and_channel():
 
 
 def test_positions_may_begin_at_a_number_that_only_their_device_knows():
-    positions, first = RasterPositions(8, [4, 5, 3], std=1.0), torch.tensor(41)
+    positions, first = RasterPositions(8, [4, 5, 3]), torch.tensor(41)
     assert torch.equal(positions(2, first), positions(60)[41:43])
+    later, whole = first + torch.arange(2), torch.arange(60)
     for found, wanted in zip(
-        rotary_tables(2, 8, 1e4, "cpu", first), rotary_tables(60, 8, 1e4, "cpu"), strict=True
+        rotary_tables(later, 8, 1e4), rotary_tables(whole, 8, 1e4), strict=True
     ):
         assert torch.equal(found, wanted[41:43])
 
 
 def test_the_sum_has_the_spread_that_was_asked_for():
-    entries = RasterPositions(256, [32, 32, 3], std=0.5)(3072)
-    assert entries.std().item() == pytest.approx(0.5, rel=0.1)
+    positions = RasterPositions(256, [32, 32, 3])
+    positions.draw(0.5)
+    assert positions(3072).std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_token_beyond_the_image_is_refused():
@@ -46,7 +48,7 @@ def test_a_token_beyond_the_image_is_refused():
 @pytest.mark.parametrize("shape", ["[32]", "[32,0,3]", "[]"])
 def test_a_shape_that_is_no_image_is_refused(shape):
     with pytest.raises(Exception, match=r"learned positions need two or more sizes, .* got \["):
-        build(f"model.image_shape={shape}")
+        build(f"model.embedding.image_shape={shape}")
 
 
 def randomised(model):
@@ -72,7 +74,9 @@ def test_an_image_model_predicts_by_place_and_only_from_the_past(model, rotary):
 
 @torch.no_grad()
 def test_without_any_positions_a_dense_model_cannot_tell_equal_tokens_apart():
-    model = randomised(build("model=dense", "model.rotary_base=null", "model.image_shape=null"))
+    model = randomised(
+        build("model=dense", "model.rotary_base=null", "model.embedding.image_shape=null")
+    )
     logits = model(torch.full((1, 50), 7))
     torch.testing.assert_close(logits[0, 10], logits[0, 40])
 
@@ -86,4 +90,4 @@ def test_positions_learn(rotary):
 
 
 def test_text_has_no_image_positions():
-    assert not instantiate(composed("data=sample", *SMALL).model).positions
+    assert not instantiate(composed("data=sample", *SMALL).model).embedding.positions

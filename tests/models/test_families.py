@@ -12,6 +12,7 @@ from torch import nn
 import kernels.attend
 import kernels.elementwise.qkv
 import kernels.elementwise.swiglu
+from evaluation.layers import kinds_of_layers
 from kernels.patterns import causal, fixed, per_head, strided, summary, window
 from models.attention import Context
 from models.attention.bigbird import BigBirdAttention
@@ -19,21 +20,27 @@ from models.attention.longformer import LongformerAttention
 from models.attention.pattern import PatternAttention
 from models.attention.projections import Projections
 from models.attention.sparse_transformer import SparseTransformerAttention
-from models.feed_forward import MLP, SwiGLU
+from models.embeddings import Embedding
+from models.feed_forward import MLP
 from models.initialisation import scaled_normal, sparse_transformer
-from models.transformer import Block, Transformer
+from models.stack import STACKS, Block, make_stack
+from models.transformer import Transformer
 from tests.support.configs import composed
 from training.optim.optimizers import adamw
 
 sparse = partial(SparseTransformerAttention, 32, 4, stride=16)
 longformer = partial(LongformerAttention, 32, 4)
-CONTEXT = Context(rotary=None)
+CONTEXT = Context()
 FIVE_HEADS = "causal() & (window(2) | per_head(full(), full(), full(), full(), strided(2)))"
 
 
 def transformer(attention, **options) -> Transformer:
-    sizes = {"vocab_size": 16, "dim": 32, "layers": 3, "heads": 4} | options
-    return Transformer(attention={"a": attention}, layout=["a"], **sizes)
+    sizes = {"dim": 32, "layers": 3, "heads": 4} | options
+    embedding = partial(Embedding, vocab_size=16, **sizes.pop("embedding", {}))
+    block = partial(Block, **sizes.pop("block", {}))
+    return Transformer(
+        attention={"a": attention}, layout=["a"], embedding=embedding, block=block, **sizes
+    )
 
 
 def randomised(module: nn.Module) -> nn.Module:
@@ -100,8 +107,8 @@ def test_initial_weights_are_those_of_the_paper():
         ),
         dim=dim,
         layers=layers,
-        feed_forward=partial(MLP, activation="quick_gelu"),
-        matrix_shape=[64, 64],
+        block={"feed_forward": partial(MLP, activation="quick_gelu")},
+        embedding={"matrix_shape": [64, 64]},
         rotary_base=None,
         initialise=sparse_transformer,
     )
@@ -111,7 +118,7 @@ def test_initial_weights_are_those_of_the_paper():
         block.attention.projections.out: math.sqrt(0.125 / dim) / math.sqrt(2 * layers),
         block.feed_forward.up: math.sqrt(0.125 / dim),
         block.feed_forward.out: math.sqrt(0.125 / (4 * dim)) / math.sqrt(2 * layers),
-        model.positions[0].coordinates[0]: 0.125 / math.sqrt(dim) / math.sqrt(2),
+        model.embedding.positions[0].coordinates[0]: 0.125 / math.sqrt(dim) / math.sqrt(2),
     }
     for module, std in expected.items():
         assert module.weight.std().item() == pytest.approx(std, rel=0.05)
@@ -133,17 +140,19 @@ def test_output_maps_of_scaled_normal_weights_shrink_with_depth():
 @pytest.mark.parametrize("initialise", [scaled_normal, sparse_transformer])
 def test_initial_weights_leave_copies_of_maps_and_vectors_as_large_as_tokens(initialise):
     attention = partial(LongformerAttention, causal=False, window=4, global_tokens=64)
-    model = transformer(attention, dim=64, global_vectors=64, initialise=initialise)
+    vectors = {"global_vectors": 64}
+    model = transformer(attention, dim=64, embedding=vectors, initialise=initialise)
     for block in model.blocks:
         own, common = block.attention.global_projections, block.attention.projections
         assert torch.equal(own.qkv.weight, common.qkv.weight)
-    vectors, tokens = model.global_vectors.weight, model.embedding.weight
+    vectors, tokens = model.embedding.global_vectors.weight, model.embedding.weight
     assert vectors.std().item() == pytest.approx(tokens.std().item(), rel=0.1)
 
 
 def test_adamw_decays_the_maps_and_the_head_of_a_model_alone():
     attention = partial(LongformerAttention, causal=False, window=4, global_tokens=2)
-    model = transformer(attention, layers=1, global_vectors=2, matrix_shape=[8, 8], norm="layer")
+    learned = {"global_vectors": 2, "matrix_shape": [8, 8]}
+    model = transformer(attention, layers=1, embedding=learned, block={"norm": "layer"})
     decayed, kept = adamw(model, lr=0.1, betas=(0.9, 0.99), weight_decay=1, eps=1e-8).param_groups
     names = {id(p): name for name, p in model.named_parameters()}
     assert {names[id(p)] for p in decayed["params"]} == {
@@ -167,7 +176,7 @@ def test_quick_gelu_is_a_sigmoid_of_1_702_x():
 
 def test_dropout_leaves_attention_probabilities_alone():
     torch.manual_seed(0)
-    model = transformer(BigBirdAttention, dropout=0.5)
+    model = transformer(BigBirdAttention, block={"dropout": 0.5})
     attention = randomised(model.blocks[0].attention).train()
     x = torch.randn(1, 20, 32)
     assert torch.equal(attention(x, CONTEXT), attention(x, CONTEXT))
@@ -180,8 +189,8 @@ def test_recomputing_changes_no_gradient_even_with_dropout(
     for module in (kernels.attend, kernels.elementwise.qkv, kernels.elementwise.swiglu):
         monkeypatch.setattr(module, "choose", lambda *_: implementation)
     models = [
-        transformer(BigBirdAttention, dropout=0.3, recompute=r).to(kernel_device)
-        for r in (False, True)
+        transformer(BigBirdAttention, block={"dropout": 0.3}, stack=stack).to(kernel_device)
+        for stack in STACKS
     ]
     models[1].load_state_dict(randomised(models[0]).state_dict())
     tokens, results = torch.randint(16, (2, 65), device=kernel_device), []
@@ -204,12 +213,15 @@ class Mixing(nn.Module):
     def forward(self, x, context):
         return self.map(x).cumsum(dim=1)
 
+    def route(self, x, context):
+        return None
+
 
 def test_a_compiled_block_that_recomputes_is_one_graph_and_keeps_its_input_alone():
     x, kept, gradients = torch.randn(4, 64, 32), [], []
-    for recompute in (False, True):
+    for stack in STACKS:
         torch.manual_seed(0)
-        block = randomised(Block(Mixing(), SwiGLU(32, 64), lambda: nn.RMSNorm(32), 0.0, recompute))
+        (block,) = make_stack(stack, [randomised(Block(Mixing(), 32))])
         own = {p.data_ptr() for p in block.parameters()} | {x.data_ptr()}
         saved = []
         block.compile(fullgraph=True)
@@ -278,21 +290,10 @@ def test_global_tokens_keep_to_their_document():
     attention = randomised(longformer(0, causal=False, window=4, global_tokens=2))
     documents = torch.tensor([[0] * 30 + [1] * 18], dtype=torch.int32)
     x = torch.randn(1, 48, 32)
-    first = attention(x, Context(None, documents))
+    first = attention(x, Context(documents=documents))
     x[:, 30:] = 9.0
-    second = attention(x, Context(None, documents))
+    second = attention(x, Context(documents=documents))
     assert torch.equal(first[:, :30], second[:, :30])
-
-
-def test_windows_change_for_all_layers():
-    model = transformer(partial(LongformerAttention, window=4))
-    model.set_windows([2, 3, 5])
-    expected = [causal() & window(n) for n in (2, 3, 5)]
-    assert [block.attention.pattern for block in model.blocks] == expected
-    with pytest.raises(ValueError, match=r"each of the 3 layers, got 2: \[1, 2\]"):
-        model.set_windows([1, 2])
-    with pytest.raises(ValueError, match="a has none"):
-        transformer(BigBirdAttention).set_windows([1, 2, 3])
 
 
 # BigBird
@@ -307,7 +308,7 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
         random_blocks=0,
         global_tokens=2,
     )
-    with_vectors = randomised(transformer(attention, global_vectors=2))
+    with_vectors = randomised(transformer(attention, embedding={"global_vectors": 2}))
     alone = randomised(transformer(partial(attention, global_tokens=0), layers=2))
     tokens = torch.randint(16, (1, 64))
     assert with_vectors(tokens).shape == (1, 64, 16)
@@ -319,7 +320,7 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
     nats, count = with_vectors.loss(tokens, tokens)
     assert count == 64
     nats.backward()
-    assert with_vectors.global_vectors.weight.grad.any()
+    assert with_vectors.embedding.global_vectors.weight.grad.any()
 
 
 # What cannot be
@@ -333,11 +334,11 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
         (lambda: longformer(2, window=[4, 8]), r"got 2 for layer 3: \[4, 8\]"),
         (
             lambda: transformer(partial(LongformerAttention, window=[4, 8, 8, 8])),
-            "model.attention.a.window .* each of the 3 layers, got 4",
+            "model.attention.a: window .* each of the 3 layers, got 4",
         ),
         (
             lambda: transformer(partial(LongformerAttention, dilation=[1, 2, 2, 2])),
-            "model.attention.a.dilation .* each of the 3 layers, got 4",
+            "model.attention.a: dilation .* each of the 3 layers, got 4",
         ),
         (
             lambda: transformer(partial(PatternAttention, pattern=FIVE_HEADS)),
@@ -351,14 +352,12 @@ def test_vectors_in_front_carry_what_is_far_and_are_not_scored():
         (lambda: Projections(32, 4, qk_dim=10), "heads=4, got 10"),
         (lambda: Projections(32, 4, qk_dim=12), "heads=4, got 12"),  # heads of 3
         (lambda: MLP(4, None, activation="relu"), "got relu"),
-        (lambda: transformer(BigBirdAttention, norm="batch"), "got batch"),
-        (lambda: transformer(BigBirdAttention, global_vectors=4), "see later tokens"),
+        (lambda: transformer(BigBirdAttention, block={"norm": "batch"}), "got batch"),
         (
-            lambda: transformer(
-                partial(BigBirdAttention, causal=False), global_vectors=4, documents="pack"
-            ),
-            "keeps documents apart",
+            lambda: transformer(BigBirdAttention, embedding={"global_vectors": 4}),
+            "see later tokens",
         ),
+        (lambda: transformer(BigBirdAttention, stack="reverse"), "plain, recompute, got reverse"),
         (
             lambda: transformer(
                 partial(BigBirdAttention, projections=partial(Projections, qk_dim=16))
@@ -387,5 +386,6 @@ def test_queries_and_keys_may_be_narrower_than_values():
 
 def test_different_patterns_of_one_attention_are_all_named():
     model = transformer(partial(SparseTransformerAttention, kind="strided", stride=8, use="layers"))
-    assert list(model.patterns()) == ["a", "a, layer 2"]
-    assert list(transformer(BigBirdAttention).patterns()) == ["a"]
+    assert [kind.label for kind in kinds_of_layers(model, 64)] == ["a", "a, layer 2"]
+    (kind,) = kinds_of_layers(transformer(BigBirdAttention), 64)
+    assert (kind.label, kind.layers) == ("a", [0, 1, 2])

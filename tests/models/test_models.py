@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from hydra.utils import instantiate
-from torch import nn
 
+from evaluation.layers import kinds_of_layers
+from models.embeddings import Embedding
 from models.heads import Head
 from tests.support.configs import MODELS, SMALL, composed
 
@@ -87,7 +88,7 @@ def test_half_precision_is_close_to_single(model, device):
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_loss_in_chunks_equals_loss_at_once(compiled, monkeypatch, device):
-    head = Head(nn.RMSNorm(8), 11).to(device)
+    head = Head(8, Embedding(8, vocab_size=11)).to(device)
     torch.nn.init.normal_(head.weight)
     x = torch.randn(3, 20, 8, device=device, requires_grad=True)
     targets = torch.randint(-1, 11, (3, 20), device=device)
@@ -104,8 +105,8 @@ def test_loss_in_chunks_equals_loss_at_once(compiled, monkeypatch, device):
 
 
 def test_a_tied_head_shares_the_embedding():
-    tied, untied = build("dense", "model.tied_head=true"), build("dense")
-    assert tied.head.weight is tied.embedding.weight
+    tied, untied = build("dense", "model.head.tied=true"), build("dense")
+    assert tied.head.embedding is tied.embedding
     saved = 256 * 32
     size = sum(p.numel() for p in untied.parameters()) - sum(p.numel() for p in tied.parameters())
     assert size == saved
@@ -121,7 +122,7 @@ def test_layout_repeats_to_the_depth_and_mixes_families():
         f"+model.attention.dense={dense}",
     )
     assert model.layout == ["bigbird", "dense", "bigbird", "dense", "bigbird"]
-    assert list(model.patterns()) == ["bigbird", "dense"]
+    assert [kind.label for kind in kinds_of_layers(model, 64)] == ["bigbird", "dense"]
 
 
 def test_each_layer_of_bigbird_draws_its_own_blocks():
@@ -133,7 +134,9 @@ def test_each_layer_of_bigbird_draws_its_own_blocks():
 def test_operations_count_the_live_keys_only():
     dense, bigbird = build("dense"), build("bigbird")
     length, dim, layers = 2048, 32, 2
-    saved = 12 * dim * layers * (1024.5 - bigbird.patterns()["bigbird"].keys_per_query(length))
+    saved = (
+        12 * dim * layers * (1024.5 - bigbird.blocks[0].attention.pattern.keys_per_query(length))
+    )
     assert dense.flops_per_token(length) - bigbird.flops_per_token(length) == pytest.approx(saved)
     # One matrix product of (1, n) by (n, m) is 2nm forward and 4nm backward.
     matrices = layers * (4 * dim * dim + 3 * dim * 128) + 256 * dim
@@ -146,13 +149,14 @@ def test_operations_count_the_live_keys_only():
         (["model.dim=30", "model.heads=4"], "dim=30 and heads=4"),
         (["model.dim=12", "model.heads=4"], "dim=12 and heads=4"),
         (["model.layers=0"], "model.layers=0"),
-        (["model.dropout=2"], "model.dropout=2"),
-        (["model.embedding_dropout=2"], "model.embedding_dropout .*got 2"),
-        (["model.hidden=0"], "model.hidden .*got 0"),
+        (["model.block.dropout=2"], "model.block.dropout if"),
+        (["model.block.dropout=2", "model.embedding.dropout=0"], "model.block.dropout=2"),
+        (["model.embedding.dropout=2"], "model.embedding.dropout=2"),
+        (["model.block.feed_forward.hidden=0"], "model.block.feed_forward.hidden .*got 0"),
         (["model.rotary_base=0"], "model.rotary_base .*got 0"),
         (["+model.attention.none=null", "model.layout=[none]"], r"\['dense'\], got \['none'\]"),
         (["model.layout=[sparse]"], r"\['sparse'\]"),
-        (["model.documents=packed"], "got packed"),
+        (["model.stack=reversed"], "model.stack .*plain, recompute, got reversed"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused_with_its_values(overrides, message):
@@ -164,7 +168,7 @@ def test_a_shape_that_cannot_be_is_refused_with_its_values(overrides, message):
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("border", [0, 1, 100])
 def test_a_packed_document_sees_none_of_the_one_before_it(name, border, device):
-    model = build(name, "data.documents=pack").to(device)
+    model = build(name).to(device)
     for block in model.blocks:  # zero-initialised projections would hide what they pass
         torch.nn.init.normal_(block.attention.projections.out.weight, std=0.2)
     torch.nn.init.normal_(model.head.weight)
@@ -172,18 +176,17 @@ def test_a_packed_document_sees_none_of_the_one_before_it(name, border, device):
     before[:, border] = model.vocab_size
     after = before.clone()
     after[:, :border] = (before[:, :border] + 1) % 256
-    logits, changed = model(before), model(after)
+    documents = (before == model.vocab_size).cumsum(dim=1, dtype=torch.int32)
+    logits, changed = model(before, documents), model(after, documents)
     assert torch.equal(logits[:, border:], changed[:, border:])
     assert border == 0 or not torch.equal(logits[:, :border], changed[:, :border])
 
 
 @torch.no_grad()
 def test_packed_rows_of_one_document_equal_a_stream(device):
-    packed, stream = build("dense", "data.documents=pack"), build("dense")
-    stream.load_state_dict(packed.state_dict())
-    for model in (packed, stream):
-        torch.manual_seed(1)
-        torch.nn.init.normal_(model.head.weight)
-        torch.nn.init.normal_(model.blocks[0].attention.projections.out.weight, std=0.2)
+    model = build("dense").to(device)
+    torch.nn.init.normal_(model.head.weight)
+    torch.nn.init.normal_(model.blocks[0].attention.projections.out.weight, std=0.2)
     row = tokens(device)
-    torch.testing.assert_close(packed.to(device)(row), stream.to(device)(row))
+    one = torch.ones_like(row, dtype=torch.int32)
+    torch.testing.assert_close(model(row, one), model(row))

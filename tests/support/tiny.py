@@ -65,8 +65,8 @@ class TinyModel(nn.Module):
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
         return nats, (targets >= 0).sum()
 
-    def patterns(self) -> dict:
-        return {}
+    def attentions(self) -> list:
+        return []
 
     def flops_per_token(self, length: int) -> float:
         return 1e6

@@ -134,7 +134,7 @@ def test_the_gradient_is_that_of_the_mean_over_masked_tokens(tmp_path):
     [
         (["objective=masked_token"], "`bigbird` is causal; .*objective=next_token"),
         (BOTH_SIDES, "`both` sees later ones; .*objective=masked_token"),
-        ([*MASKED, "model.masked=false"], "model.masked=false"),
+        ([*MASKED, "model.embedding.mask=false"], "model.embedding.mask=false"),
         ([*MASKED, "data.masking.share=0"], "share=0, masked=0.8"),
     ],
 )

@@ -247,7 +247,7 @@ def test_the_windows_of_every_phase_are_tried_before_training():
 
 
 def test_a_phase_that_is_longer_than_the_learned_positions_is_refused():
-    config = composed(*SMALL, "model.matrix_shape=[8, 8]", "data=sample", "run_id=x")
+    config = composed(*SMALL, "model.embedding.matrix_shape=[8, 8]", "data=sample", "run_id=x")
     with pytest.raises(ValueError, match=r"phases\[2\]: learned positions reach 64 tokens"):
         check_model([replace(PHASES[-1], windows=None, length=65)], instantiate(config.model))
 

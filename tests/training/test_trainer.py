@@ -18,6 +18,7 @@ import kernels.elementwise.qkv
 import kernels.elementwise.swiglu
 from models.attention.bigbird import BigBirdAttention
 from models.attention.longformer import LongformerAttention
+from models.embeddings import Embedding
 from models.transformer import Transformer
 from tests.support.tiny import (
     LENGTH,
@@ -137,8 +138,9 @@ def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
 
 def transformer(attention, layers: int) -> Transformer:
     return Transformer(
-        vocab_size=16, dim=32, layers=layers, heads=2, attention={"a": attention}, layout=["a"]
-    )
+        dim=32, layers=layers, heads=2, attention={"a": attention}, layout=["a"],
+        embedding=partial(Embedding, vocab_size=16),
+    )  # fmt: skip
 
 
 @pytest.fixture

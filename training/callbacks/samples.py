@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger, WandbLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from evaluation.gallery import draw_patterns
+from evaluation.gallery import draw_layers
 from evaluation.generation import check_sampling, generate
 from training.run.loggers import log_picture
 
@@ -54,7 +54,7 @@ class Samples(L.Callback):
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         length = trainer.datamodule.length
-        path = draw_patterns(task.model.patterns(), length, self.folder / "attention.png")
+        path = draw_layers(task.model, length, self.folder / "attention.png")
         log_picture(trainer, "attention", path)
 
     @rank_zero_only

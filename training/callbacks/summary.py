@@ -6,6 +6,8 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from evaluation.layers import kinds_of_layers
+
 log = logging.getLogger("strider")
 
 
@@ -23,26 +25,27 @@ class Summary(L.Callback):
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         model, data = task.model, trainer.datamodule
+        kinds = kinds_of_layers(model, data.length)
         log.info("run %s", self.output)
         log.info(
             "model: %d layers of %s, dim %d, %d heads, %s parameters",
             model.layers,
-            " and ".join(model.patterns()),
+            " and ".join(kind.label for kind in kinds),
             model.dim,
             model.heads,
             f"{sum(p.numel() for p in model.parameters()):,}",
         )
-        for name, pattern in model.patterns().items():
-            keys = pattern.keys_per_query(data.length)
-            most = (data.length + 1) / 2 if pattern.is_causal else data.length
+        for kind in kinds:
+            keys, causal = kind.visible.keys_per_query(data.length), kind.attention.is_causal
+            most = (data.length + 1) / 2 if causal else data.length
             log.info(
                 "%s: a token sees %.0f of %.0f%s keys (%.1f %%): %s",
-                name,
+                kind.label,
                 keys,
                 most,
-                " causal" if pattern.is_causal else "",
+                " causal" if causal else "",
                 100 * keys / most,
-                pattern,
+                kind.visible,
             )
         log.info(
             "data: %s, windows of %s tokens, %s tokens a step: devices %d x passes %d x tokens %s",

@@ -71,6 +71,20 @@ def check_types(config: DictConfig) -> None:
     _check(plain, "")
 
 
+def check_documents(config: DictConfig) -> None:
+    """Refuse global vectors, which all tokens see, where documents do not see each other.
+
+    Raises:
+        ValueError: if the model has them and the data are packed.
+    """
+    vectors = OmegaConf.select(config, "model.embedding.global_vectors")
+    if vectors and config.data.documents == "pack":
+        raise ValueError(
+            f"global vectors see all tokens, and data.documents=pack keeps documents apart, got "
+            f"model.embedding.global_vectors={vectors}; set it to 0, or data.documents=split."
+        )
+
+
 def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: str = "") -> None:
     """Compare values with the plain types that ``target`` is annotated with; see `check_types`."""
     allowed = _plain_arguments(target)

@@ -14,6 +14,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from torch import Tensor
 
+from training.run.migrations import migrate, migrate_checkpoint
+
 # Where the classes of a section of a saved config may be defined.
 PACKAGES = {"model": "models", "data": "data"}
 # Functions are instantiated from here only: they draw initial weights, and do nothing else.
@@ -67,7 +69,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             FileNotFoundError, ValueError: see `read_checkpoint`.
         """
-        return _read(Path(path), mmap=False)
+        return migrate_checkpoint(_read(Path(path), mmap=False))
 
 
 def read_checkpoint(path: str | Path) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
         FileNotFoundError: if there is no such file.
         ValueError: if it is incomplete, no checkpoint of a run, or would run code when loaded.
     """
-    checkpoint = _read(Path(path), mmap=True)
+    checkpoint = migrate_checkpoint(_read(Path(path), mmap=True))
     if not isinstance(checkpoint.get("config"), str):
         raise ValueError(
             f"the checkpoint {path} does not say how its model was configured; "
@@ -117,7 +119,7 @@ def rebuild(config_text: str, section: str, **overrides: Any) -> Any:
 
 
 def parse_config(text: str) -> dict[str, Any]:
-    """Read a saved configuration, which need not be trusted.
+    """Read a saved configuration, which need not be trusted, in today's form.
 
     Raises:
         ValueError: if it is not a mapping in plain YAML, without aliases (a few of which, nested,
@@ -131,7 +133,7 @@ def parse_config(text: str) -> dict[str, Any]:
         raise ValueError("the saved configuration is not plain YAML; it was refused.") from error
     if not isinstance(config, dict):
         raise ValueError("the saved configuration is not a plain mapping; it was refused.")
-    return config
+    return migrate(config)
 
 
 def _check(node: Any, key: str, package: str) -> None:

@@ -1,6 +1,7 @@
 """What the papers prove or count about their patterns, beside definitions written out by hand."""
 
 import math
+from functools import partial
 
 import pytest
 import torch
@@ -23,7 +24,7 @@ from kernels.patterns import (
 from models.attention import Context
 from models.attention.pattern import PatternAttention
 from models.feed_forward import SwiGLU
-from models.transformer import Block
+from models.stack import Block
 
 LENGTHS = [1, 2, 17, 63, 64, 65, 127, 128, 129, 300]
 BIGBIRD = causal() & (window(3, block=4) | global_tokens(8) | random_blocks(3, block=4))
@@ -166,10 +167,7 @@ def test_layers_of_windows_reach_as_far_as_their_sum():
 def test_an_output_depends_on_exactly_the_tokens_that_the_layers_reach(texts):
     length = 41
     layers = [PatternAttention(32, 4, n, pattern=text) for n, text in enumerate(texts)]
-    blocks = [
-        Block(attention, SwiGLU(32, 32), lambda: nn.RMSNorm(32), dropout=0.0)
-        for attention in layers
-    ]
+    blocks = [Block(attention, 32, feed_forward=partial(SwiGLU, hidden=32)) for attention in layers]
     for parameter in nn.ModuleList(blocks).parameters():
         nn.init.normal_(parameter, std=0.3)  # projections that are zero would hide what they pass
     # One copy of the sequence for each query, whose output alone is looked at.

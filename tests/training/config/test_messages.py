@@ -68,8 +68,10 @@ def test_an_unknown_key_of_an_attention_inside_a_model_is_found(capsys):
         "block": 16, "window_blocks": 3, "global_blocks": 1, "random_block": 1, "seed": 0,
     }  # fmt: skip
     node = {
-        "_target_": "models.transformer.Transformer", "vocab_size": 256, "dim": 32, "layers": 1,
-        "heads": 2, "attention": {"bigbird": attention}, "layout": ["bigbird"],
+        "_target_": "models.transformer.Transformer", "dim": 32, "layers": 1, "heads": 2,
+        "attention": {"bigbird": attention}, "layout": ["bigbird"], "embedding": {
+            "_target_": "models.embeddings.Embedding", "_partial_": True, "vocab_size": 256,
+        },
     }  # fmt: skip
     message = message_of(lambda: instantiate(node), capsys)
     assert "BigBirdAttention has no key `random_block`; did you mean `random_blocks`?" in message
