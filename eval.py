@@ -135,8 +135,8 @@ def score_split(
 ) -> tuple[Likelihood, dict[str, Any]]:
     sizes = {"context": context, "batch_tokens": config.batch_tokens}
     if data.masking is not None:
-        windows = data.evaluation_windows(split, context)
-        return score_masked(model, windows, data.units, tokens=len(split), **sizes)
+        batches = data.evaluation_batches(split, context)
+        return score_masked(model, batches, data.units, tokens=len(split), **sizes)
     return score(model, split.tokens, split.starts, data.units, stride=config.stride, **sizes)
 
 

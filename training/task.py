@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from data.batches.batch import Batch
 from evaluation.measures import MEASURES, word_perplexity
 from training.objectives import MaskedToken, NextToken, check_attention
 from training.phases import Phases
@@ -27,9 +28,9 @@ class SequenceTask(L.LightningModule):
     A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
 
     Args:
-        model: has ``loss(inputs, targets) -> (nats, count)``, ``vocab_size`` (the start id) and
-            ``patterns()``; for masked tokens, ``masked``.
-        objective: splits a batch into inputs and targets.
+        model: has ``loss(inputs, targets, documents) -> (nats, count)`` and ``patterns()``; for
+            masked tokens, ``masked``.
+        objective: says which attention fits, and how many tokens are scored.
         optimizer: makes the optimizer from the model; its learning rates are the peak rates.
         schedule: ``(step, progress) -> factor`` of the peak rates, in each phase of the run.
         seed: what dropout draws depends on this, the step, the micro-batch and the rank alone.
@@ -88,13 +89,12 @@ class SequenceTask(L.LightningModule):
             group.update(settings)  # after a resume, too, what is configured now counts
         self.budget.clock.start()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._seed_generators()
-        inputs, targets = self.objective.split(batch, self.model.vocab_size)
-        nats, count = self.model.loss(inputs, targets)
-        self._micro_batches.append(self._sums(nats, count, targets))
+        nats, count = self.model.loss(batch.inputs, batch.targets, batch.documents)
+        self._micro_batches.append(self._sums(nats, count, batch.targets))
         # Not by `count`: each token weighs the same, in whatever micro-batch it is.
-        return nats / (self.objective.share * targets.numel())
+        return nats / (self.objective.scored_fraction * batch.targets.numel())
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         phases = Phases.of(self.trainer)
@@ -166,9 +166,9 @@ class SequenceTask(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        inputs, targets = self.objective.split(batch, self.model.vocab_size)
-        self._validation += self._sums(*self.model.loss(inputs, targets), targets)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nats, count = self.model.loss(batch.inputs, batch.targets, batch.documents)
+        self._validation += self._sums(nats, count, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         nats, _, units = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()

@@ -2,8 +2,8 @@
 
 import lightning as L
 import torch
-from torch import Tensor
 
+from data.batches.batch import Batch
 from training.phases import Phases
 from training.run.progress import Budget
 
@@ -34,13 +34,13 @@ class Throughput(L.Callback):
         self._waited += self._clock.lap
 
     def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Tensor, batch_idx
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Batch, batch_idx
     ) -> None:
-        length = pl_module.objective.length(batch)
+        rows, length = batch.inputs.shape
         if self._phase != (phase := Phases.of(trainer).index):
             self._phase = phase
             self._flops_per_token = pl_module.model.flops_per_token(length)
-        tokens = len(batch) * length * trainer.world_size
+        tokens = rows * length * trainer.world_size
         self._tokens += tokens
         self._flops += tokens * self._flops_per_token
         step = trainer.global_step
