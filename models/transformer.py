@@ -149,17 +149,19 @@ class Transformer(nn.Module):
         if initialise is not None:
             initialise(self)
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor, documents: Tensor | None = None) -> Tensor:
         """Token ids ``(B, L)`` -> logits of each next (or masked) token ``(B, L, vocab_size)``."""
-        return self.head(self.hidden_states(tokens))
+        return self.head(self.hidden_states(tokens, documents))
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    def loss(
+        self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Nats summed over ``targets (B, L)``, and how many were scored; -1 is not scored."""
-        return self.head.loss(self.hidden_states(tokens), targets)
+        return self.head.loss(self.hidden_states(tokens, documents), targets)
 
-    def nats(self, tokens: Tensor, targets: Tensor) -> Tensor:
+    def nats(self, tokens: Tensor, targets: Tensor, documents: Tensor | None = None) -> Tensor:
         """Negative log-likelihood of each of ``targets (B, L)``, float32; 0 where it is -1."""
-        return self.head.nats(self.hidden_states(tokens), targets)
+        return self.head.nats(self.hidden_states(tokens, documents), targets)
 
     def check_length(self, length: int) -> None:
         """Refuse sequences that the model has no positions for.
@@ -186,9 +188,11 @@ class Transformer(nn.Module):
         The first call takes as many as there are, and each later one, after ``cache.advance()``, a
         single token.
         """
-        return self.head(self.hidden_states(tokens, cache)[:, -1])
+        return self.head(self.hidden_states(tokens, cache=cache)[:, -1])
 
-    def hidden_states(self, tokens: Tensor, cache: Cache | None = None) -> Tensor:
+    def hidden_states(
+        self, tokens: Tensor, documents: Tensor | None = None, cache: Cache | None = None
+    ) -> Tensor:
         """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
         length, x = tokens.shape[1], self.embedding(tokens)
         first = cache.position if cache else 0  # where in the sequence these tokens begin
@@ -200,7 +204,9 @@ class Transformer(nn.Module):
             x = torch.cat((vectors.expand(len(x), -1, -1), x), dim=1)
         x = self.dropout(x)
         rotary = self._rotary_tables(extra + length, tokens.device, first)
-        context = Context(rotary, self._documents(tokens))
+        if documents is not None:
+            documents = F.pad(documents, (extra, 0))  # of the first document: others are padding
+        context = Context(rotary, documents)
         for n, block in enumerate(self.blocks):
             context = replace(context, cache=cache.layers[n]) if cache else context
             x = block(x, context)
@@ -217,14 +223,6 @@ class Transformer(nn.Module):
         if self.rotary_base is None:
             return None
         return rotary_tables(length, self.dim // self.heads, self.rotary_base, device, first)
-
-    def _documents(self, tokens: Tensor) -> Tensor | None:
-        # Rows that are trained on have padding only where each lies in one document.
-        padded = self.masked and (self.documents == "split" or not self.training)
-        if self.documents != "pack" and not padded:
-            return None
-        documents = (tokens == self.vocab_size).cumsum(dim=1, dtype=torch.int32)
-        return F.pad(documents, (self._extra, 0))  # of the first document: others are padding
 
     def set_windows(self, windows: Sequence[int]) -> None:
         """Give each layer a window of its own, as Longformer's staged training does.
