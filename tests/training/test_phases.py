@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -16,11 +15,11 @@ from hydra.utils import instantiate
 from eval import evaluate
 from tests.support.commands import curve, train
 from tests.support.configs import SMALL, composed
-from tests.support.phased import PHASES, Windowed, run
-from tests.support.tiny import LENGTH, TinyModel
+from tests.support.phased import LENGTHS, RATES, WINDOWS, Windowed, run
+from tests.support.tiny import LENGTH
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
-from training.phases import Phase, check_model, read_phases
+from training.phases import read_phases
 from training.run.checkpoint import read_checkpoint
 
 ROOT = Path(__file__).parents[2]
@@ -35,10 +34,10 @@ class Watch(L.Callback):
 
     def on_train_batch_start(self, trainer, task, batch, index):
         seen = trainer.global_step, tuple(task.model.windows)
-        self.steps.setdefault(seen, []).append(tuple(batch[:, 1:].shape))
+        self.steps.setdefault(seen, []).append(tuple(batch.targets.shape))
 
     def on_validation_batch_start(self, trainer, task, batch, index, dataloader_idx=0):
-        self.validated[trainer.global_step] = batch.shape[1] - 1
+        self.validated[trainer.global_step] = batch.inputs.shape[1]
 
 
 class Crash(L.Callback):
@@ -76,9 +75,7 @@ def test_the_rate_scales_and_warms_up_anew_in_each_phase(whole):
     rates = list(recorder.curve("train/learning_rate").values())
     shares = [[0.1, 2 / 3, 1.0], [0.1, 0.5, 1.0, 1.0], [0.1, 2 / 3, 1.0]]
     expected = [
-        phase.lr * share
-        for phase, in_phase in zip(PHASES, shares, strict=True)
-        for share in in_phase
+        rate * share for rate, in_phase in zip(RATES, shares, strict=True) for share in in_phase
     ]
     assert rates == pytest.approx(expected)
 
@@ -126,8 +123,9 @@ def test_a_run_stopped_at_the_end_of_a_phase_continues_with_the_next(tmp_path, w
     _, expected, _ = whole
     run(tmp_path / "parts", Stop(step))
     saved = tmp_path / "parts/checkpoints/last.ckpt"
-    phase = PHASES[BOUNDARIES.index(step)]
-    assert last(tmp_path / "parts")["phase"] == {"length": phase.length, "windows": phase.windows}
+    n = BOUNDARIES.index(step)
+    changes = {"windows": WINDOWS[n]} if n else {}  # those of the first phase are the run's
+    assert last(tmp_path / "parts")["phase"] == {"length": LENGTHS[n], "model": changes}
     rest = run(tmp_path / "parts", resume=saved)
     assert rest.metrics == {n: row for n, row in expected.metrics.items() if n > step}
 
@@ -151,8 +149,8 @@ def test_a_phase_begins_with_a_line_and_counts_its_own_operations(tmp_path, capl
         recorder = run(tmp_path / "run", Throughput(), ProgressBar(), log_every=2)
     lines = [record.getMessage() for record in caplog.records]
     assert (
-        "phase 2 of 3: 4 steps after step 3, windows of 16 tokens, 128 tokens a step, learning "
-        "rate 0.005, attention windows [2, 4]"
+        "phase 2 of 3: 4 steps after step 3, with data.length=16, data.batch_tokens=128, "
+        "data.micro_tokens=32, model.windows=[2, 4], optimizer.lr=0.005"
     ) in lines
     assert sum(line.startswith("phase ") for line in lines) == 3
     assert any(" · phase 2 · " in line for line in lines)

@@ -44,7 +44,7 @@ def poison(task, steps):
 
 
 def in_processes(output, devices, **settings):
-    """What rank 0 logs of a run of ``tests/support/tiny.py`` that was started as a user starts it."""
+    """What rank 0 logs of a run of ``tests/support/tiny.py``, started as a user starts it."""
     arguments = json.dumps({"devices": devices, "strategy": "ddp", **settings})
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests/support/tiny.py"), str(output), arguments],
