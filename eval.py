@@ -11,7 +11,7 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.corpora import Split
 from data.module import TOKENIZER, SequenceData
@@ -55,7 +55,7 @@ class Settings:
 
 
 def evaluate(config: DictConfig) -> None:
-    check_arguments(Settings, config)
+    check_arguments(Settings, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     if config.batch_tokens < 1 or config.sample_tokens < 1:
         raise ValueError(
             f"batch_tokens and sample_tokens must be at least 1, got {config.batch_tokens} and "

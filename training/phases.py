@@ -16,7 +16,7 @@ from torch import nn
 from data.batches.batching import Batching
 from training.config.messages import one_sentence
 from training.config.moved import OLD_PHASE_KEYS
-from training.config.validate import check_arguments, check_types
+from training.config.validate import check_arguments, check_targets
 from training.model_settings import adopt_settings
 
 DEFAULT_STEPS = 10_000  # where trainer.max_steps is auto and there are no phases
@@ -95,7 +95,8 @@ def check_phases(phases: list[Phase], model: nn.Module) -> None:
     for phase in reversed(phases):
         with _named(phase.key):
             if phase.config is not None:
-                check_types(phase.config)
+                sections = _sections(phase.config)
+                check_targets({name: sections[name] for name in ("model", "optimizer", "schedule")})
                 adopt_settings(model, phase.make_model())
                 instantiate(phase.config.optimizer)(model)
                 instantiate(phase.config.schedule)(0, 0.0)

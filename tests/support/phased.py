@@ -4,6 +4,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from omegaconf import OmegaConf
@@ -65,16 +66,19 @@ class Windowed(TinyModel):
         return float(length * sum(self.windows))
 
 
-def phases(*overrides: str) -> list[Phase]:
-    """Those of `CONFIG`, with some values changed as on a command line."""
-    return read_phases(OmegaConf.merge(OmegaConf.create(CONFIG), OmegaConf.from_dotlist(overrides)))
+def phases(changes: dict[str, Any] | None = None) -> list[Phase]:
+    """Those of `CONFIG`, with some of its keys changed."""
+    config = OmegaConf.create(CONFIG)
+    for key, value in (changes or {}).items():
+        OmegaConf.update(config, key, value)
+    return read_phases(config)
 
 
 def run(folder: Path, *callbacks, workers=0, dropout=0.3, **settings) -> Recorder:
     """Train in phases, with a checkpoint after every step, and return what was logged."""
     folder.mkdir(exist_ok=True)
     (folder / "config.yaml").touch()
-    in_phases = phases(f"model.dropout={dropout}")
+    in_phases = phases({"model.dropout": dropout})
     text = np.random.default_rng(0).integers(VOCAB, size=4_000, dtype=np.uint8)
     (folder / "text").write_bytes(text.tobytes())
     data = SequenceData(
