@@ -29,7 +29,7 @@ def make_config(tmp_path):
                 "data": {"name": "text", "length": 16, "cache": "${paths.cache}"},
                 "optimizer": {"lr": 0.1},
                 "schedule": {"decay": 0.3},
-                "phases": [{"steps": 3}, {"steps": 2, "micro_tokens": 16}],
+                "phases": [{"steps": 3}, {"steps": 2, "data": {"micro_tokens": 16}}],
                 "trainer": {"devices": 1, "nodes": 1, "strategy": "auto", "max_steps": 5},
                 "logger": {"offline": False, "output": "${paths.output}"},
                 "callbacks": {"checkpoints": {"output": "${paths.output}"}},
@@ -169,7 +169,7 @@ def test_a_phase_may_be_continued_in_other_micro_batches(make_config):
     config = make_config(run_id="mine")
     prepare(config)
     path = save_last(config)
-    phases = [{"steps": 3}, {"steps": 2, "micro_tokens": 32}]
+    phases = [{"steps": 3}, {"steps": 2, "data": {"micro_tokens": 32}}]
     assert prepare(make_config(run_id="mine", phases=phases)) == path
 
 
@@ -208,7 +208,7 @@ def test_only_the_first_process_writes(make_config, tmp_path):
         {"seed": 2},
         {"optimizer__lr": 0.2},
         {"data__length": 32},
-        {"phases": [{"steps": 3}, {"steps": 4, "micro_tokens": 16}]},
+        {"phases": [{"steps": 3}, {"steps": 4, "data": {"micro_tokens": 16}}]},
     ],
 )
 def test_a_folder_is_not_continued_as_another_experiment(make_config, change):
