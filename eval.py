@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import hydra
 import numpy as np
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.corpora import Split
 from data.module import TOKENIZER, SequenceData
@@ -22,7 +23,7 @@ from evaluation.positions import draw_positions
 from evaluation.report import results, score, table
 from training.config.messages import UserErrors
 from training.config.validate import check_arguments
-from training.run.checkpoint import model_weights, read_checkpoint, rebuild
+from training.run.checkpoint import model_weights, of_phase, read_checkpoint, rebuild
 
 
 @hydra.main(version_base="1.3", config_path="conf", config_name="eval")
@@ -50,10 +51,11 @@ class Settings:
     seed: int
     images: int | None
     given: float
+    trust: Sequence[str]
 
 
 def evaluate(config: DictConfig) -> None:
-    check_arguments(Settings, config)
+    check_arguments(Settings, OmegaConf.to_container(config, resolve=True, throw_on_missing=True))
     if config.batch_tokens < 1 or config.sample_tokens < 1:
         raise ValueError(
             f"batch_tokens and sample_tokens must be at least 1, got {config.batch_tokens} and "
@@ -65,6 +67,7 @@ def evaluate(config: DictConfig) -> None:
         raise ValueError(f"images must be at least 1, got {config.images}; null draws none.")
     path = Path(str(config.checkpoint))  # a name such as `16` is read as a number
     checkpoint, folder = read_checkpoint(path), folder_of(path)
+    trust = list(config.trust)
     changed = {"cache": config.paths.cache}
     if config.data.path:
         changed["path"] = config.data.path
@@ -72,20 +75,19 @@ def evaluate(config: DictConfig) -> None:
         changed["exclude_rows"] = config.data.exclude_rows
     if (folder / TOKENIZER).exists():  # the one of the training, whatever else is in the cache
         changed["tokenizer"] = str(folder / TOKENIZER)
-    data = rebuild(checkpoint["config"], "data", **changed)
+    data = rebuild(checkpoint["config"], "data", changes=changed, trust=trust)
     if data.masking is not None:
         require_next_token(config)
-    model = rebuild(checkpoint["config"], "model")
+    length, settings_of_phase = of_phase(checkpoint)
+    model = rebuild(checkpoint["config"], "model", changes=settings_of_phase, trust=trust)
     model.load_state_dict(model_weights(checkpoint))
-    phase = checkpoint.get("phase", {"length": data.length, "windows": None})
-    if phase["windows"] is not None:
-        model.set_windows(phase["windows"])
     model.eval().to(device_of(config))
 
     data.prepare_data()
     split = data.split(config.split)
     scored = split.first(config.limit)
-    context = phase["length"] if config.context is None else config.context
+    trained = data.length if length is None else length
+    context = trained if config.context is None else config.context
     if data.image_shape is not None and context < data.length:
         raise ValueError(
             f"an image of {data.name} is scored whole, so context must be {data.length} or null, "
@@ -135,8 +137,8 @@ def score_split(
 ) -> tuple[Likelihood, dict[str, Any]]:
     sizes = {"context": context, "batch_tokens": config.batch_tokens}
     if data.masking is not None:
-        windows = data.evaluation_windows(split, context)
-        return score_masked(model, windows, data.units, tokens=len(split), **sizes)
+        batches = data.evaluation_batches(split, context)
+        return score_masked(model, batches, data.units, tokens=len(split), **sizes)
     return score(model, split.tokens, split.starts, data.units, stride=config.stride, **sizes)
 
 

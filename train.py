@@ -10,8 +10,9 @@ from omegaconf import DictConfig
 
 from training.callbacks.interruption import Interruption
 from training.config.messages import UserErrors
+from training.config.moved import refuse_moved_keys
 from training.config.validate import CONF, check_documents, check_groups, check_types
-from training.phases import check_model, read_phases
+from training.phases import check_phases, read_phases
 from training.run import folder
 from training.run.console import show_log
 
@@ -32,9 +33,9 @@ def main(config: DictConfig) -> float:
         check_documents(config)
         checkpoint = folder.choose_checkpoint(config)
         L.seed_everything(config.seed, verbose=False)
-        data = instantiate(config.data, phases=[phase.batching for phase in phases])
+        data = instantiate(config.data, _partial_=True)(phases=[p.batching for p in phases])
         task = instantiate(config.task)
-        check_model(phases, task.model)
+        check_phases(phases, task.model)
         callbacks = {name: c for name, c in instantiate(config.callbacks).items() if c is not None}
         trainer = instantiate(config.trainer)(
             output=config.paths.output,
@@ -72,5 +73,6 @@ def without_null(argument: str) -> str:
 
 
 if __name__ == "__main__":
+    refuse_moved_keys(sys.argv[1:])
     sys.argv[1:] = map(without_null, sys.argv[1:])
     main()

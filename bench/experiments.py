@@ -79,7 +79,8 @@ def overrides(name: str, dense: bool, options) -> list[str]:
     """Of conf/train.yaml, for a short run of an experiment or of its dense twin."""
     more = options.overrides
     config = _composed([f"experiment={name}", *more])
-    sizes = {**config.data, **(config.phases[-1] if config.phases else {})}
+    last = config.phases[-1] if config.phases else {}
+    sizes = {**config.data, **last.get("data", {})}
     tokens = min(sizes["micro_tokens"] or sizes["batch_tokens"], sizes["batch_tokens"])
     short = [
         "phases=null", "trainer.max_steps=null", f"trainer.max_minutes={options.minutes}",
@@ -87,9 +88,8 @@ def overrides(name: str, dense: bool, options) -> list[str]:
         f"paths.output={_folder(name, dense, options)}", "resume=null", "callbacks.samples=null",
         "callbacks.images=null",
     ]  # fmt: skip
-    if config.phases:
-        windows = list(sizes["windows"])
-        short += [f"data.length={sizes['length']}", f"model.attention.longformer.window={windows}"]
+    short += [f"data.length={sizes['length']}"] if config.phases else []
+    short += _arguments("model", last.get("model", {}))
     short += [f"data.batch_tokens={tokens}", f"data.micro_tokens={tokens}"]
     found = [f"experiment={name}", *short, *more]
     if not dense:
@@ -102,6 +102,13 @@ def overrides(name: str, dense: bool, options) -> list[str]:
         (key,) = set(model.layout)
         twin += f", projections: '${{model.attention.{key}.projections}}'"
     return [*found, f"+model.attention.dense={{{twin}}}", "model.layout=[dense]"]
+
+
+def _arguments(key: str, value) -> list[str]:
+    """A part of a configuration as overrides."""
+    if isinstance(value, DictConfig):
+        return [text for name in value for text in _arguments(f"{key}.{name}", value[name])]
+    return [f"{key}={value}"] if value != {} else []
 
 
 def _composed(overrides: list[str]) -> DictConfig:

@@ -1,4 +1,4 @@
-"""Lightning data module: every step's rows, whatever the number of devices and workers."""
+"""Lightning data module: every step's batches, whatever the number of devices and workers."""
 
 import itertools
 import math
@@ -16,8 +16,9 @@ import torch
 from lightning.pytorch.accelerators import CPUAccelerator
 from torch.utils.data import DataLoader
 
+from data.batches.batch import Batch, NextTokenBatches
 from data.batches.batching import Batching, require_multiple
-from data.batches.masking import EVALUATION, TRAINING, MaskedWindows, Masking
+from data.batches.masking import EVALUATION, TRAINING, MaskedBatches, Masking
 from data.batches.windows import (
     DOCUMENTS,
     EvaluationWindows,
@@ -36,9 +37,7 @@ VALIDATION_TOKENS_ON_CPU = 1 << 16
 
 
 class SequenceData(L.LightningDataModule):
-    """Windows of a corpus, ``(B, length + 1)`` int64: see `data.batches.windows`.
-
-    With masked tokens they are inputs and targets, ``(B, 2, length)``: see `data.batches.masking`.
+    """Windows of a corpus, each forward pass as a `Batch` of ``(B, length)`` tokens.
 
     A training step sees the same ``batch_tokens`` tokens for any number of devices, workers and
     micro-batches, and training starts at the trainer's ``global_step``, so a resumed run continues
@@ -66,8 +65,8 @@ class SequenceData(L.LightningDataModule):
         exclude_rows: for a corpus with such a choice, a CSV file of rows to leave out of the test.
         image_shape: rows, columns and channels, for a corpus of images.
         masking: which tokens are masked, for models that predict them; None: none.
-        phases: the arguments of `Batching` for each phase of the run; empty: there is one, with the
-            numbers above.
+        phases: the numbers of tokens of each phase of the run; empty: there is one, with those
+            above.
 
     Raises:
         ValueError: if the numbers of tokens do not divide as they must, or a name is unknown.
@@ -92,11 +91,11 @@ class SequenceData(L.LightningDataModule):
         exclude_rows: str | None = None,
         image_shape: Sequence[int] | None = None,
         masking: Masking | None = None,
-        phases: Sequence[tuple[str, int, int, int, int | None]] = (),
+        phases: Sequence[Batching] = (),
     ):
         super().__init__()
         whole_run = Batching("data", 0, length, batch_tokens, micro_tokens)
-        self.phases = [Batching(*phase) for phase in phases] or [whole_run]
+        self.phases = list(phases) or [whole_run]
         self.phase = 0
         if validation_tokens is not None:
             require_multiple("data.validation_tokens", validation_tokens, "", 1)
@@ -148,7 +147,7 @@ class SequenceData(L.LightningDataModule):
         if not self._prepared:  # train.py wants to know early, Lightning calls again
             self.corpus.prepare()
             self._check_vocabulary()
-            self._training_windows()
+            self._training_batches()  # refuses a window that is longer than the data
             self._prepared = True
 
     def setup(self, stage: str) -> None:
@@ -180,10 +179,10 @@ class SequenceData(L.LightningDataModule):
     @property
     def validation_words(self) -> int | None:
         """Words of the validation tokens that are scored in training."""
-        windows, numbers = self._validation
+        batches, numbers = self._validation
         if self._words([]) is None:
             return None
-        return sum(map(self._words_beginning, windows[numbers]))
+        return sum(map(self._words_beginning, batches.windows[numbers]))
 
     def keep_tokenizer(self, folder: str) -> None:
         """Copy a tokenizer that was trained to ``folder``, as `TOKENIZER`; nothing if none was."""
@@ -209,29 +208,30 @@ class SequenceData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """This device's micro-batches from the current optimizer step on, without end."""
         order = _TrainingOrder(self.trainer, self.phases)
-        return self._loader(_Phased(self._training_windows()), order, workers=self.workers)
+        return self._loader(_Phased(self._training_batches()), order, workers=self.workers)
 
     def val_dataloader(self) -> DataLoader:
         """This device's part of the validation tokens; all devices have equally many batches."""
-        windows, numbers = self._validation
+        batches, numbers = self._validation
         share = self.phases[self.phase].share(self.trainer.global_rank, self.trainer.world_size)
         order = evaluation_order(numbers, **share)
         # Reading a batch takes microseconds, starting workers for every validation far longer.
-        return self._loader(windows, order, workers=0)
+        return self._loader(batches, order, workers=0)
 
-    def evaluation_windows(self, split: Split, length: int) -> EvaluationWindows | MaskedWindows:
+    def evaluation_batches(self, split: Split, length: int) -> NextTokenBatches | MaskedBatches:
         """Windows of ``length`` tokens end to end over a split, masked alike at each evaluation.
 
         Raises:
             ValueError: if ``length`` is not positive.
         """
         require_multiple("context", length, "", 1)
-        return self._masked(EvaluationWindows(self._stream(split), length), EVALUATION)
+        windows = EvaluationWindows(self._stream(split), length)
+        return self._batches(windows, EVALUATION, padded=True)
 
-    def _loader(self, windows: Any, order: Iterable[Any], *, workers: int) -> DataLoader:
+    def _loader(self, batches: Any, order: Iterable[Any], *, workers: int) -> DataLoader:
         return DataLoader(
-            windows,
-            batch_size=None,  # `windows` makes whole batches
+            batches,
+            batch_size=None,  # `batches` makes whole ones
             sampler=order,
             num_workers=workers,
             worker_init_fn=_leave_process_group,
@@ -240,12 +240,12 @@ class SequenceData(L.LightningDataModule):
         )
 
     @property
-    def _validation(self) -> tuple[EvaluationWindows | MaskedWindows, Sequence[int]]:
-        """Windows of validation, and the numbers of those that are scored in training."""
-        windows = self.evaluation_windows(self.split("validation"), self.length)
+    def _validation(self) -> tuple[NextTokenBatches | MaskedBatches, Sequence[int]]:
+        """Batches of validation, and the numbers of the windows that are scored in training."""
+        batches = self.evaluation_batches(self.split("validation"), self.length)
         default = VALIDATION_TOKENS_ON_CPU if self._on_cpu else VALIDATION_TOKENS
         share = (self.validation_tokens or default) / len(self.split("validation"))
-        return windows, spread(len(windows), int(share * len(windows)))
+        return batches, spread(len(batches), int(share * len(batches)))
 
     def _words(self, pieces: Iterable[np.ndarray]) -> int | None:
         if self.masking is not None or self.corpus.words(np.empty(0, dtype=np.int64)) is None:
@@ -258,23 +258,26 @@ class SequenceData(L.LightningDataModule):
         pieces = [piece[(piece >= 0) & (piece < self.vocab_size)] for piece in pieces]
         return self._words(pieces) - self.corpus.words(pieces[0][:1])  # the first input, if any
 
-    def _training_windows(self) -> list[TrainingWindows | MaskedWindows]:
-        """Windows of each phase."""
-        stream = self._stream(self.split("train"))
+    def _training_batches(self) -> list[NextTokenBatches | MaskedBatches]:
+        """Batches of each phase."""
+        stream, padded = self._stream(self.split("train")), self.documents == "split"
         return [
-            self._masked(
+            self._batches(
                 TrainingWindows(stream, phase.length, self.seed, phase=n, key=phase.key),
                 (self.seed, TRAINING, n),
+                padded=padded,
             )
             for n, phase in enumerate(self.phases)
         ]
 
-    def _masked(
-        self, windows: TrainingWindows | EvaluationWindows, seed: Sequence[int]
-    ) -> TrainingWindows | EvaluationWindows | MaskedWindows:
+    def _batches(
+        self, windows: TrainingWindows | EvaluationWindows, seed: Sequence[int], *, padded: bool
+    ) -> NextTokenBatches | MaskedBatches:
+        """What is learned from these windows, some of which may be ``padded`` at their end."""
+        pack = self.documents == "pack"
         if self.masking is None:
-            return windows
-        return MaskedWindows(windows, self.masking, self.vocab_size, seed)
+            return NextTokenBatches(windows, self.vocab_size, pack)
+        return MaskedBatches(windows, self.masking, self.vocab_size, seed, pack or padded)
 
     def _stream(self, split: Split) -> Stream:
         return Stream(split, self.documents, self.vocab_size)
@@ -315,12 +318,12 @@ class _TrainingOrder:
 
 
 class _Phased:
-    """The training windows of all phases, by phase and samples."""
+    """The training batches of all phases, by phase and samples."""
 
-    def __init__(self, phases: Sequence[TrainingWindows]):
+    def __init__(self, phases: Sequence[NextTokenBatches | MaskedBatches]):
         self.phases = phases
 
-    def __getitem__(self, place: tuple[int, range]) -> np.ndarray:
+    def __getitem__(self, place: tuple[int, range]) -> Batch:
         phase, samples = place
         return self.phases[phase][samples]
 

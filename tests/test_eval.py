@@ -10,6 +10,7 @@ import yaml
 from eval import main
 from tests.support.commands import WHOLE, place, run, train
 from tests.support.configs import composed
+from training.run.checkpoint import rebuild
 
 
 @pytest.fixture(scope="module")
@@ -100,9 +101,67 @@ def test_a_config_that_names_anything_but_our_classes_is_refused(folder, tmp_pat
     assert target in result.stderr
 
 
+PACKAGE = """
+from models.attention.pattern import PatternAttention
+
+class Mine(PatternAttention):
+    def __init__(self, dim, heads, layer, *, reach):
+        super().__init__(dim, heads, layer, pattern=f"causal() & window({reach})")
+
+def function(dim, heads, layer):
+    return Mine(dim, heads, layer, reach=2)
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A run whose attention is of a package of the user's own, and the folder of that."""
+    packages = tmp_path_factory.mktemp("packages")
+    (packages / "mypackage").mkdir()
+    (packages / "mypackage" / "__init__.py").write_text("from mypackage.attention import Mine\n")
+    (packages / "mypackage" / "attention.py").write_text(PACKAGE)
+    folder = tmp_path_factory.mktemp("runs") / "own"
+    attention = "{_target_: mypackage.Mine, _partial_: true, reach: 8}"
+    train(
+        folder, "trainer.max_steps=3", f"+model.attention.mine={attention}", "model.layout=[mine]",
+        PYTHONPATH=str(packages),
+    )  # fmt: skip
+    return folder, packages
+
+
+def test_an_attention_of_the_users_own_is_evaluated_when_its_package_is_trusted(own):
+    folder, packages = own
+    refused = run("eval.py", *of_run(folder), "limit=500", PYTHONPATH=str(packages))
+    assert refused.returncode == 2
+    assert refused.stderr.startswith("error: the saved configuration was refused: ")
+    assert refused.stderr.count("\n") == 1
+    for word in ("'mypackage.Mine'", "trust=[PACKAGE]"):
+        assert word in refused.stderr
+    arguments = [*of_run(folder), "limit=500", "trust=[mypackage]"]
+    result = run("eval.py", *arguments, PYTHONPATH=str(packages))
+    assert result.returncode == 0, result.stderr
+    assert json.loads((folder / "evaluation.json").read_text())["bytes_scored"] == 500
+    missing = run("eval.py", *arguments)  # where the package is not found
+    assert missing.returncode == 2
+    assert "trust names 'mypackage', which cannot be imported" in missing.stderr
+
+
+@pytest.mark.parametrize(
+    "target", ["mypackage.attention.function", "mypackage.attention.PatternAttention", "os.system"]
+)
+def test_trust_is_in_the_classes_that_the_package_defines(own, target, monkeypatch):
+    folder, packages = own
+    monkeypatch.syspath_prepend(packages)
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["model"]["attention"]["mine"]["_target_"] = target
+    with pytest.raises(ValueError, match=f"refused: .*{target}"):
+        rebuild(yaml.safe_dump(config), "model", trust=["mypackage"])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (["trust=mypackage"], ["trust must be a list of names, got 'mypackage'"]),
         (["split=tset"], ["train, validation, test", "tset"]),
         (["context=64", "stride=65"], ["stride=65", "context=64"]),
         (["limit=0"], ["limit", "0"]),

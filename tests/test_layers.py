@@ -12,7 +12,7 @@ MAY_IMPORT = {
     "kernels": set(),
     "models": {"kernels"},
     "evaluation": {"kernels", "models"},
-    "training": {"kernels", "models", "evaluation"},
+    "training": {"kernels", "models", "evaluation", "data"},
     "data": set(),
 }
 LIBRARIES = {
@@ -54,6 +54,15 @@ def test_a_package_imports_only_the_layers_below_it(package):
     for path in files(package):
         used = top_level(modules(path) - ALSO.get(package, set()))
         assert used & OURS <= MAY_IMPORT[package] | {package}, path
+
+
+def test_training_knows_of_the_data_only_what_a_batch_is():
+    for path in files("training"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "data":
+                assert node.module in ("data.batches.batch", "data.batches.batching"), path
+            if isinstance(node, ast.Import):
+                assert not any(alias.name.split(".")[0] == "data" for alias in node.names), path
 
 
 @pytest.mark.parametrize("package", LIBRARIES)

@@ -1,55 +1,28 @@
-"""What a model is trained to predict: how a batch becomes inputs and targets."""
+"""What a model is trained to predict: which attention fits, and how many tokens are scored."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-
-from torch import Tensor
 
 from models.attention import Attention
 
 
 class NextToken:
-    """Each token is predicted from those before it. A batch is ``(B, L + 1)`` token ids.
+    """Each token is predicted from those before it."""
 
-    Column 0 is the token before the first target.
-    """
-
-    share = 1.0  # of the tokens is scored
+    scored_fraction = 1.0
     causal = True  # no token may see those after it
-
-    def split(self, batch: Tensor, start_id: int) -> tuple[Tensor, Tensor]:
-        """A batch -> inputs and targets ``(B, L)``; a target that is not scored is -1.
-
-        Those are padding (-1 in the batch) and the start ids of other documents.
-        """
-        targets = batch[:, 1:].masked_fill(batch[:, 1:] == start_id, -1)
-        # Padding is an input too, one column later; as an input it may be any token.
-        return batch[:, :-1].clamp(min=0), targets
-
-    def length(self, batch: Tensor) -> int:
-        """Tokens of a sequence."""
-        return batch.shape[1] - 1
 
 
 @dataclass(frozen=True)
 class MaskedToken:
-    """Some tokens are predicted from all others. A batch is inputs and targets, ``(B, 2, L)``.
+    """Some tokens are predicted from all others.
 
     Args:
-        share: of the tokens is scored.
+        scored_fraction: share of the tokens that are masked, and therefore scored.
     """
 
-    share: float
+    scored_fraction: float
     causal = False
-
-    def split(self, batch: Tensor, start_id: int) -> tuple[Tensor, Tensor]:
-        """A batch -> inputs and targets ``(B, L)``; a target that is not scored is -1."""
-        inputs, targets = batch.unbind(1)
-        return inputs, targets
-
-    def length(self, batch: Tensor) -> int:
-        """Tokens of a sequence."""
-        return batch.shape[2]
 
 
 def check_attention(

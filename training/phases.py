@@ -1,23 +1,34 @@
-"""Training in phases: parts of one run with a length, batch, rate and windows of their own."""
+"""Training in phases: parts of one run, each the run's configuration with some values changed."""
 
-import logging
+import difflib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
-import lightning as L
-from lightning.pytorch.utilities import rank_zero_only
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from torch import nn
 
-from training.config.validate import check_arguments
-from training.run.progress import Budget, count_batches_from_steps, recount_batches
-
-log = logging.getLogger("strider")
+from data.batches.batching import Batching
+from training.config.messages import one_sentence
+from training.config.moved import OLD_PHASE_KEYS
+from training.config.validate import check_arguments, check_targets
+from training.model_settings import adopt_settings
 
 DEFAULT_STEPS = 10_000  # where trainer.max_steps is auto and there are no phases
-KEYS = ("steps", "length", "batch_tokens", "micro_tokens", "lr", "windows")
+# The keys of each section that a phase may change; None: all. Weights and samples must go on.
+MAY_CHANGE = {
+    "data": ("length", "batch_tokens", "micro_tokens"), "model": None, "optimizer": None,
+    "schedule": None, "trainer": ("gradient_clip",),
+}  # fmt: skip
+CHANGEABLE = (
+    "data.length, data.batch_tokens, data.micro_tokens, model.*, optimizer.*, schedule.* and "
+    "trainer.gradient_clip"
+)
 
 
 @dataclass(frozen=True)
@@ -25,67 +36,46 @@ class Phase:
     """A part of a run; a run without phases is one.
 
     Args:
-        key: where it stands in the configuration.
-        first_step: optimizer steps done before it.
+        key: where it stands in the configuration, for messages.
+        batching: its first step, and how its tokens are cut into windows and forward passes.
         steps: optimizer steps in it; None: until the run ends.
-        length: tokens in a window.
-        batch_tokens: tokens in an optimizer step, over all devices.
-        micro_tokens: most tokens in a forward pass of one device; None: no limit, one pass.
-        lr: peak of the learning rate that `optimizer.lr` is; None: that of the optimizer.
-        lr_factor: share of `optimizer.lr` that this is, by which all rates are scaled.
-        windows: the attention window of each layer, in tokens; None: as the model was made.
+        changes: by section, the values that differ from those of the run.
+        config: the run's configuration with these changes; None: the run has no phases.
     """
 
     key: str
-    first_step: int
-    steps: int | None
-    length: int
-    batch_tokens: int
-    micro_tokens: int | None
-    lr: float | None
-    lr_factor: float
-    windows: Sequence[int] | None
+    batching: Batching
+    steps: int | None = None
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    config: DictConfig | None = None
 
-    @property
-    def batching(self) -> tuple[str, int, int, int, int | None]:
-        """What the data need to know of it."""
-        return self.key, self.first_step, self.length, self.batch_tokens, self.micro_tokens
+    def make_model(self) -> nn.Module:
+        """The model that this phase would begin with, on the meta device: it has no weights."""
+        with torch.device("meta"):
+            return instantiate(self.config.model)
 
 
 def read_phases(config: DictConfig) -> list[Phase]:
     """The phases of a run, from its configuration; fills in ``config.trainer.max_steps``.
 
-    A key that a phase leaves out has the value of the run (`data.length`, `optimizer.lr`, ...).
-
     Raises:
-        ValueError: if a phase has an unknown key, a value of the wrong type or range, or none for
-            `steps`, or the phases contradict what limits the run.
+        ValueError: if a phase changes what it must not, has a value of the wrong type or range, or
+            none for `steps`, or the phases contradict what limits the run.
     """
-    data, trainer = config.data, config.trainer
+    trainer = config.trainer
     if config.phases is None:
         if trainer.max_steps == "auto":
             trainer.max_steps = DEFAULT_STEPS
-        sizes = data.length, data.batch_tokens, data.micro_tokens
-        return [Phase("data", 0, None, *sizes, lr=None, lr_factor=1.0, windows=None)]
+        return [Phase("data", _batching("data", 0, config))]
     if not isinstance(config.phases, ListConfig) or not config.phases:
         raise ValueError(
-            "phases must be null or a list such as [{steps: 1000, length: 2048}], got "
+            "phases must be null or a list such as [{steps: 1000, data: {length: 2048}}], got "
             f"{config.phases}."
         )
-    given = OmegaConf.to_container(config.phases, resolve=True)
-    base = config.optimizer.lr
-    _require_positive("optimizer", "lr", base)
-    defaults = {key: data[key] for key in ("length", "batch_tokens", "micro_tokens")}
     phases, first = [], 0
-    for n, values in enumerate(given):
-        key = f"phases[{n}]"
-        values = _checked(key, values, {**defaults, "lr": base, "windows": None})
-        phases.append(Phase(key, first, lr_factor=values["lr"] / base, **values))
-        first += values["steps"]
-    if len({phase.windows is None for phase in phases}) > 1:
-        raise ValueError(
-            "all phases must have windows or none, got some of each; give `windows` to all of them."
-        )
+    for n, given in enumerate(OmegaConf.to_container(config.phases, resolve=True)):
+        phases.append(_read_phase(f"phases[{n}]", first, given, config))
+        first += phases[-1].steps
     if trainer.max_minutes is not None or trainer.max_steps not in ("auto", None, first):
         raise ValueError(
             f"the phases say how long the run is, {first:,} steps, got trainer.max_steps="
@@ -96,136 +86,97 @@ def read_phases(config: DictConfig) -> list[Phase]:
     return phases
 
 
-def _checked(key: str, given: Any, defaults: dict[str, Any]) -> dict[str, Any]:
-    """The values of a phase by `KEYS`; the data and the model check those that they take."""
-    if not isinstance(given, dict):
-        raise ValueError(f"{key} must be a mapping such as {{steps: 1000}}, got {given!r}.")
-    if unknown := [name for name in given if name not in KEYS]:
-        raise ValueError(f"{key} has no key `{unknown[0]}`; its keys are {', '.join(KEYS)}.")
-    if given.get("steps") is None:
-        raise ValueError(f"{key} does not say how long it is; give it `steps`.")
-    values = defaults | given
-    check_arguments(Phase, values, key)
-    for name in ("steps", "lr"):
-        _require_positive(key, name, values[name])
-    return values
-
-
-def _require_positive(key: str, name: str, value: Any) -> None:
-    check_arguments(Phase, {name: value}, key)
-    if value is None or not 0 < value < math.inf:
-        raise ValueError(f"{key}.{name} must be positive, got {value}.")
-
-
-def check_model(phases: Sequence[Phase], model: nn.Module) -> None:
-    """Try the length and windows of every phase on the model, which is left with the first windows.
+def check_phases(phases: list[Phase], model: nn.Module) -> None:
+    """Try every phase on the model, which is left with the settings of the first one.
 
     Raises:
-        ValueError: if it cannot take them.
+        ValueError: if the model, the optimizer or the schedule cannot be as a phase wants them.
     """
     for phase in reversed(phases):
-        try:
-            _set_windows(phase, model)
-            model.check_length(phase.length)
-        except ValueError as error:  # a model does not know the phases
-            raise ValueError(f"{phase.key}: {error}") from error
+        with _named(phase.key):
+            if phase.config is not None:
+                sections = _sections(phase.config)
+                check_targets({name: sections[name] for name in ("model", "optimizer", "schedule")})
+                adopt_settings(model, phase.make_model())
+                instantiate(phase.config.optimizer)(model)
+                instantiate(phase.config.schedule)(0, 0.0)
+            model.check_length(phase.batching.length)
 
 
-def _set_windows(phase: Phase, model: nn.Module) -> None:
-    if phase.windows is None:
-        return
-    if not hasattr(model, "set_windows"):
-        raise ValueError(
-            f"the phases have windows, and {type(model).__name__} has no `set_windows` to take "
-            "them; leave them out, or choose another model."
-        )
-    model.set_windows(phase.windows)
+def _batching(key: str, first_step: int, config: DictConfig) -> Batching:
+    sizes = {name: config.data[name] for name in MAY_CHANGE["data"]}
+    check_arguments(Batching, sizes, key)
+    return Batching(key, first_step, **sizes)
 
 
-class Phases(L.Callback):
-    """Moves the data, the accumulation and the model's windows from one phase to the next.
+def _read_phase(key: str, first_step: int, given: Any, config: DictConfig) -> Phase:
+    if not isinstance(given, dict):
+        raise ValueError(f"{key} must be a mapping such as {{steps: 1000}}, got {given!r}.")
+    steps = given.pop("steps", None)
+    if steps is None:
+        raise ValueError(f"{key} does not say how long it is; give it `steps`.")
+    if type(steps) is not int or steps < 1:
+        raise ValueError(f"{key}.steps must be a whole number of at least 1, got {steps!r}.")
+    _check_keys(key, given, config)
+    merged = OmegaConf.merge(config, given)
+    clip = merged.trainer.gradient_clip
+    if clip is not None and not (isinstance(clip, int | float) and 0 < clip < math.inf):
+        raise ValueError(f"{key}.trainer.gradient_clip must be positive or null, got {clip!r}.")
+    changes = _differences(_sections(config), _sections(merged))
+    return Phase(key, _batching(f"{key}.data", first_step, merged), steps, changes, merged)
 
-    A phase begins after all that happens at the end of the one before: what is validated and saved
-    there belongs to the old one. This must therefore be the last callback of the trainer. The task
-    asks it for the learning rate. The state of the optimizer is carried over.
 
-    Args:
-        phases: at least one, in their order.
-    """
+def _check_keys(key: str, given: dict[str, Any], config: DictConfig) -> None:
+    """Refuse what a phase must not change, and what the run does not have."""
+    for section, values in given.items():
+        if section in OLD_PHASE_KEYS:
+            raise ValueError(
+                f"{key}.{section} is written as {OLD_PHASE_KEYS[section]} now, as in the "
+                "configuration of the run."
+            )
+        if section not in MAY_CHANGE:
+            raise ValueError(f"{key}.{section} cannot change in a run; phases change {CHANGEABLE}.")
+        if not isinstance(values, dict):
+            raise ValueError(f"{key}.{section} must be a mapping, got {values!r}.")
+        _require_known(f"{key}.{section}", values, config[section])
+        allowed = MAY_CHANGE[section] or values
+        for name in values:
+            if name.startswith("_") or name not in allowed:
+                raise ValueError(
+                    f"{key}.{section}.{name} cannot change in a run; phases change {CHANGEABLE}."
+                )
 
-    def __init__(self, phases: Sequence[Phase]):
-        self.phases = list(phases)
-        self.index = 0
 
-    @staticmethod
-    def of(trainer: L.Trainer) -> "Phases":
-        """The phases among a trainer's callbacks."""
-        return next(c for c in trainer.callbacks if isinstance(c, Phases))
+def _require_known(key: str, given: Mapping[str, Any], known: DictConfig) -> None:
+    """Refuse a key that the run does not have, and would not read."""
+    for name, value in given.items():
+        if name not in known:
+            close = difflib.get_close_matches(name, list(known), n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(known)}."
+            raise ValueError(f"{key} has no key `{name}`; {hint}")
+        if isinstance(value, dict) and isinstance(known[name], DictConfig):
+            _require_known(f"{key}.{name}", value, known[name])
 
-    @property
-    def current(self) -> Phase:
-        return self.phases[self.index]
 
-    def done_at(self, step: int) -> bool:
-        """Whether ``step`` optimizer steps complete the current phase."""
-        return self.current.steps == step - self.current.first_step
+def _sections(config: DictConfig) -> dict[str, Any]:
+    return {name: OmegaConf.to_container(config[name], resolve=True) for name in MAY_CHANGE}
 
-    def schedule_place(self, trainer: L.Trainer) -> tuple[int, float]:
-        """Steps done in the current phase, and the share of it that is done, for a schedule."""
-        step = trainer.global_step - self.current.first_step
-        if self.current.steps is None:
-            return step, Budget.of(trainer).progress
-        return step, step / self.current.steps
 
-    def setup(self, trainer: L.Trainer, task: L.LightningModule, stage: str) -> None:
-        self._enter(0, trainer)
+def _differences(before: Any, after: Any) -> Any:
+    """The part of ``after`` that is not in ``before``, by its keys."""
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return after
+    return {
+        name: _differences(before.get(name), value)
+        for name, value in after.items()
+        if value != before.get(name)
+    }
 
-    def on_load_checkpoint(
-        self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        firsts = [phase.first_step for phase in self.phases]
-        self._enter(sum(first <= checkpoint["global_step"] for first in firsts) - 1, trainer)
-        count_batches_from_steps(checkpoint, trainer.accumulate_grad_batches)
 
-    def on_save_checkpoint(
-        self, trainer: L.Trainer, task: L.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        checkpoint["phase"] = {"length": self.current.length, "windows": self.current.windows}
-
-    def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
-        self._announce()
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
-        last = self.index == len(self.phases) - 1
-        if not last and not trainer.should_stop and self.done_at(trainer.global_step):
-            self._enter(self.index + 1, trainer)
-            recount_batches(trainer)
-            self._announce()
-
-    def _enter(self, index: int, trainer: L.Trainer) -> None:
-        self.index = index
-        data = trainer.datamodule
-        data.phase = index
-        trainer.accumulate_grad_batches = data.accumulation(trainer.world_size)
-        # Lightning keeps the loader of the validation, whose windows are of another length.
-        trainer.fit_loop.epoch_loop.val_loop._combined_loader = None
-        _set_windows(self.current, trainer.lightning_module.model)
-
-    @rank_zero_only
-    def _announce(self) -> None:
-        phase = self.current
-        if phase.steps is None:
-            return  # the run has no phases
-        windows = "" if phase.windows is None else f", attention windows {list(phase.windows)}"
-        log.info(
-            "phase %d of %d: %s steps after step %s, windows of %s tokens, %s tokens a step, "
-            "learning rate %g%s",
-            self.index + 1,
-            len(self.phases),
-            f"{phase.steps:,}",
-            f"{phase.first_step:,}",
-            f"{phase.length:,}",
-            f"{phase.batch_tokens:,}",
-            phase.lr,
-            windows,
-        )
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Say in which phase a mistake is: models and optimizers do not know them."""
+    try:
+        yield
+    except (ValueError, InstantiationException) as error:
+        raise ValueError(f"{key}: {one_sentence(error) or error}") from error

@@ -9,9 +9,10 @@ from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
+from data.batches.batch import Batch
 from evaluation.measures import MEASURES, word_perplexity
+from training.callbacks.phases import Phases
 from training.objectives import MaskedToken, NextToken, check_attention
-from training.phases import Phases
 from training.run.progress import Budget
 
 MAX_SKIPPED_IN_A_ROW = 10
@@ -20,18 +21,19 @@ MAX_SKIPPED_IN_A_ROW = 10
 class SequenceTask(L.LightningModule):
     """Learns what its objective asks of each batch.
 
-    The loss that is optimised is in nats per token; ``train/loss_nats`` and the measure of the data
+    The loss that is optimised is in nats per token, and the attentions' own terms are added to it;
+    ``train/loss_nats`` and the measure of the data
     (``train/bits_per_byte``, say) are means over all scored tokens of an optimizer step, over
     accumulated micro-batches and ranks. ``val/word_perplexity`` is there for data that have
     word-level results.
     A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
 
     Args:
-        model: has ``loss(inputs, targets) -> (nats, count)``, ``vocab_size`` (the start id) and
-            ``attentions()``; for masked tokens, a mask id in its ``embedding``.
-        objective: splits a batch into inputs and targets.
+        model: has ``loss(inputs, targets, documents) -> (nats, count)``, ``attentions()`` and
+            ``losses()``; for masked tokens, a mask id in its ``embedding``.
+        objective: says which attention fits, and how many tokens are scored.
         optimizer: makes the optimizer from the model; its learning rates are the peak rates.
-        schedule: ``(step, progress) -> factor`` of the peak rates, in each phase of the run.
+        schedule: ``(step, progress) -> factor`` of the peak rates, from the start of each phase.
         seed: what dropout draws depends on this, the step, the micro-batch and the rank alone.
 
     Raises:
@@ -69,38 +71,38 @@ class SequenceTask(L.LightningModule):
         return Budget.of(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
-        optimizer = self._make_optimizer(self.model)
-        # Kept here, because a resume overwrites the optimizer's with those of the checkpoint.
-        self._settings = [
-            {key: value for key, value in group.items() if key != "params"}
-            for group in optimizer.param_groups
-        ]
-        return optimizer
+        return self._make_optimizer(self.model)
+
+    def change_settings(
+        self, optimizer: Callable[[nn.Module], Optimizer], schedule: Callable[[int, float], float]
+    ) -> None:
+        """Go on with the settings of this optimizer, which keeps its state, and this schedule."""
+        self._make_optimizer, self._schedule = optimizer, schedule
+        self._apply_settings()
 
     def on_fit_start(self) -> None:
-        # Of a target that is not scored, 0: it is -1, the index of the last one.
+        # Unscored targets are -1; they index this extra zero.
         self._units = torch.tensor([*self.trainer.datamodule.units, 0], device=self.device)
 
     # Training
 
     def on_train_start(self) -> None:
-        for group, settings in zip(self.optimizers().param_groups, self._settings, strict=True):
-            group.update(settings)  # after a resume, too, what is configured now counts
+        self._apply_settings()  # after a resume, too, what is configured now counts
         self.budget.clock.start()
 
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         self._seed_generators()
-        inputs, targets = self.objective.split(batch, self.model.vocab_size)
-        nats, count = self.model.loss(inputs, targets)
-        self._micro_batches.append(self._sums(nats, count, targets))
+        nats, count = self.model.loss(batch.inputs, batch.targets, batch.documents)
+        self._micro_batches.append(self._sums(nats, count, batch.targets))
         # Not by `count`: each token weighs the same, in whatever micro-batch it is.
-        return nats / (self.objective.share * targets.numel())
+        loss = nats / (self.objective.scored_fraction * batch.targets.numel())
+        return sum(self.model.losses().values(), start=loss)
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         phases = Phases.of(self.trainer)
-        factor = phases.current.lr_factor * self._schedule(*phases.schedule_place(self.trainer))
-        for group, settings in zip(optimizer.param_groups, self._settings, strict=True):
-            group["lr"] = settings["lr"] * factor
+        factor = self._schedule(*phases.schedule_place(self.trainer))
+        for group, rate in zip(optimizer.param_groups, self._peak_rates, strict=True):
+            group["lr"] = rate * factor
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None, *_, **__
@@ -113,6 +115,17 @@ class SequenceTask(L.LightningModule):
 
     def on_train_batch_end(self, *_) -> None:
         self.budget.clock.start()
+
+    def _apply_settings(self) -> None:
+        """Give the optimizer, once there is one, what is configured for each of its groups."""
+        configured = [
+            {key: value for key, value in group.items() if key != "params"}
+            for group in self._make_optimizer(self.model).param_groups
+        ]
+        self._peak_rates = [settings["lr"] for settings in configured]
+        for optimizer in self.trainer.optimizers:
+            for group, settings in zip(optimizer.param_groups, configured, strict=True):
+                group.update(settings)
 
     def _seed_generators(self) -> None:
         """Make what is drawn a pure function of the place in the run: there is no state to save."""
@@ -166,9 +179,9 @@ class SequenceTask(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         self._validation = torch.zeros(3, dtype=torch.float64, device=self.device)
 
-    def validation_step(self, batch: Tensor, batch_idx: int) -> None:
-        inputs, targets = self.objective.split(batch, self.model.vocab_size)
-        self._validation += self._sums(*self.model.loss(inputs, targets), targets)
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        nats, count = self.model.loss(batch.inputs, batch.targets, batch.documents)
+        self._validation += self._sums(nats, count, batch.targets)
 
     def on_validation_epoch_end(self) -> None:
         nats, _, units = self.trainer.strategy.reduce(self._validation, reduce_op="sum").tolist()

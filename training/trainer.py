@@ -14,8 +14,11 @@ from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from training.callbacks.compilation import Compilation
+from training.callbacks.end_of_step import EndOfStep
+from training.callbacks.images import Images
+from training.callbacks.phases import Phases
 from training.callbacks.validation import Validation
-from training.phases import Phase, Phases
+from training.phases import Phase
 from training.run.checkpoint import AtomicCheckpointIO
 from training.run.progress import Budget
 
@@ -25,11 +28,11 @@ PRECISIONS = ("32-true", "bf16-mixed", "bf16-true")
 
 
 def make_trainer(
-    *,
     output: str | Path,
     callbacks: Sequence[L.Callback],
     loggers: Sequence[Logger],
     phases: Sequence[Phase],
+    *,
     accelerator: str,
     devices: int | str,
     nodes: int,
@@ -46,8 +49,8 @@ def make_trainer(
 
     Args:
         output: the run's folder.
-        callbacks: those beside the budget, the validation, the compilation and the phases, which
-            are made here.
+        callbacks: those beside the budget, the validation, the compilation, the phases and the end
+            of a step, which are made here; in any order.
         loggers: get every metric that is logged.
         phases: see ``read_phases``.
         accelerator: ``"auto"`` (a GPU if there is one), ``"cpu"`` or ``"gpu"``.
@@ -71,12 +74,14 @@ def make_trainer(
     for name, value in [("log_every", log_every), ("gradient_clip", gradient_clip)]:
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}; set `trainer.{name}`.")
+    budget, validation = Budget(max_steps, max_minutes), Validation(validate_every)
     for callback in callbacks:
         if not isinstance(callback, L.Callback):
             raise ValueError(
                 f"each entry of callbacks must be a mapping whose _target_ is a callback, or null "
                 f"to leave it out, got {callback!r}."
             )
+    in_phases = Phases(phases)
     trainer = L.Trainer(
         default_root_dir=output,
         accelerator=accelerator,
@@ -90,10 +95,11 @@ def make_trainer(
         log_every_n_steps=log_every,
         logger=list(loggers),
         callbacks=[
-            Budget(max_steps, max_minutes),
+            budget,
+            validation,
+            in_phases,
             *([Compilation()] if compile else []),
-            *_insert(Validation(validate_every), callbacks),
-            Phases(phases),
+            *_around(EndOfStep(budget, validation, in_phases, callbacks), callbacks),
         ],
         plugins=[AtomicCheckpointIO()],
         check_val_every_n_epoch=sys.maxsize,  # an epoch never ends: `Validation` decides
@@ -141,11 +147,12 @@ def _resolve_precision(precision: str | None, accelerator: str) -> str:
     return precision
 
 
-def _insert(validation: Validation, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
-    """Put it after averaging, whose weights it scores, and before all that use its score."""
+def _around(end_of_step: EndOfStep, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
+    """Averages are made before they are scored and saved; pictures are drawn of what is saved."""
     averaging = [c for c in callbacks if isinstance(c, WeightAveraging)]
-    others = [c for c in callbacks if not isinstance(c, WeightAveraging)]
-    return [*averaging, validation, *others]
+    images = [c for c in callbacks if isinstance(c, Images)]
+    others = [c for c in callbacks if not isinstance(c, WeightAveraging | Images)]
+    return [*averaging, end_of_step, *others, *images]
 
 
 def _silence_lightning() -> None:

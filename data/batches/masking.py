@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
+from data.batches.batch import Batch, number_documents
 from data.batches.windows import PADDING, EvaluationWindows, TrainingWindows
 
 # Behind a window's number in the seed of its masks: no two kinds of draws are ever the same.
@@ -73,14 +75,16 @@ class Masking:
         return np.stack([inputs, targets])
 
 
-class MaskedWindows:
-    """Windows as inputs and targets ``(B, 2, L)`` int64, L being the items ``row[1:]`` of each.
+class MaskedBatches:
+    """Batches in which some tokens of a window are predicted from all others.
 
     Args:
-        windows: what is masked.
+        windows: what is masked: ``L`` items are ``row[1:]`` of each row.
         masking: how.
         vocab_size: see `Masking.apply`.
         seed: with its number, all that the masks of a window depend on.
+        documents: number the documents of each row: several, or one and padding, which as an input
+            is a start id and therefore a document of its own, seen by no token.
     """
 
     def __init__(
@@ -89,20 +93,22 @@ class MaskedWindows:
         masking: Masking,
         vocab_size: int,
         seed: Sequence[int],
+        documents: bool,
     ):
         self.windows, self.masking = windows, masking
-        self.vocab_size, self.seed = vocab_size, seed
+        self.vocab_size, self.seed, self.documents = vocab_size, seed, documents
 
     def __len__(self) -> int:
         return len(self.windows)
 
-    def __getitem__(self, numbers: Sequence[int]) -> np.ndarray:
-        return np.stack(
-            [
-                self.masking.apply(row[1:], self.vocab_size, self._draw(number))
-                for row, number in zip(self.windows[numbers], numbers, strict=True)
-            ]
-        )
+    def __getitem__(self, numbers: Sequence[int]) -> Batch:
+        rows = [
+            self.masking.apply(row[1:], self.vocab_size, self._draw(number))
+            for row, number in zip(self.windows[numbers], numbers, strict=True)
+        ]
+        inputs, targets = torch.from_numpy(np.stack(rows, axis=1))
+        documents = number_documents(inputs, self.vocab_size) if self.documents else None
+        return Batch(inputs, targets, documents)
 
     def _draw(self, number: int) -> np.random.Generator:
         return np.random.default_rng([number, *self.seed])

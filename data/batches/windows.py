@@ -2,8 +2,8 @@
 
 Windows are cut from a *stream* in which the start id stands before every document: token ``t`` of
 document ``d`` is item ``t + d + 1``. A row is ``length + 1`` neighbouring items, int64, padded with
--1 past its document (``split``) or past the end: its inputs are ``row[:-1]``, its targets
-``row[1:]``. A target that is the start id or padding is not scored. ``B`` counts rows.
+-1 past its document (``split``) or past the end. `data.batches.batch` makes inputs and targets of
+rows. ``B`` counts rows.
 """
 
 import sys

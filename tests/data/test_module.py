@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch.accelerators import CPUAccelerator, CUDAAccelerator
 
+from data.batches.batching import Batching
 from data.corpora import Split, stream
 from data.corpora.byte_file import ByteFile
 from data.module import SequenceData
@@ -59,8 +60,13 @@ def make_data(text):
 def steps(data, count):
     """The next ``count`` steps' rows of this device: ``(count, rows, length + 1)``."""
     passes = data.accumulation(data.trainer.world_size)
-    batches = list(islice(data.train_dataloader(), count * passes))
-    return torch.cat(batches).view(count, -1, data.length + 1)
+    batches = islice(data.train_dataloader(), count * passes)
+    return torch.cat([row_of(batch) for batch in batches]).view(count, -1, data.length + 1)
+
+
+def row_of(batch):
+    """The rows ``(B, length + 1)`` that became a batch, for data with one start."""
+    return torch.cat([batch.inputs[:, :1], batch.targets], dim=1)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
@@ -85,10 +91,10 @@ def test_a_start_at_a_later_step_equals_skipping_to_it(make_data, workers):
     assert torch.equal(steps(resumed, 8), steps(make_data(), 25)[17:])
 
 
-PHASES = [  # first step, length, batch_tokens, micro_tokens
-    ("phases[0]", 0, LENGTH, BATCH_TOKENS, None),
-    ("phases[1]", 3, 2 * LENGTH, 2 * BATCH_TOKENS, 4 * LENGTH),
-    ("phases[2]", 5, 4 * LENGTH, 4 * BATCH_TOKENS, 4 * LENGTH),
+PHASES = [
+    Batching("phases[0].data", 0, LENGTH, BATCH_TOKENS, None),
+    Batching("phases[1].data", 3, 2 * LENGTH, 2 * BATCH_TOKENS, 4 * LENGTH),
+    Batching("phases[2].data", 5, 4 * LENGTH, 4 * BATCH_TOKENS, 4 * LENGTH),
 ]
 
 
@@ -96,9 +102,9 @@ def phased_steps(data, count):
     """The rows of this device in each step from the one that the trainer is at."""
     batches, found = iter(data.train_dataloader()), []
     for step in range(data.trainer.global_step, count):
-        data.phase = sum(first <= step for _, first, *_ in PHASES) - 1
+        data.phase = sum(phase.first_step <= step for phase in PHASES) - 1
         passes = data.accumulation(data.trainer.world_size)
-        found.append(torch.cat(list(islice(batches, passes))))
+        found.append(torch.cat([row_of(batch) for batch in islice(batches, passes)]))
     return found
 
 
@@ -137,7 +143,7 @@ def test_the_first_phase_is_the_beginning_of_a_run_without_phases(make_data, pha
 
 
 def test_a_phase_has_an_order_of_its_own(make_data):
-    twice = [("phases[0]", 0, 16, 128, None), ("phases[1]", 4, 16, 128, None)]
+    twice = [Batching(f"phases[{n}].data", 4 * n, 16, 128, None) for n in range(2)]
     rows = steps(make_data(phases=twice), 8)
     assert not torch.equal(rows[:4], rows[4:])
 
@@ -145,14 +151,16 @@ def test_a_phase_has_an_order_of_its_own(make_data):
 def test_validation_is_cut_to_the_length_of_the_phase(make_data):
     data = make_data(phases=PHASES)
     data.phase = 2
-    assert {batch.shape[1] for batch in data.val_dataloader()} == {4 * LENGTH + 1}
+    assert {batch.inputs.shape[1] for batch in data.val_dataloader()} == {4 * LENGTH}
     assert data.length == 4 * LENGTH
 
 
-def test_a_batch_is_int64_rows_of_one_pass(make_data):
+def test_a_batch_is_int64_tokens_of_one_pass(make_data):
     data = make_data(world_size=2, micro_tokens=2 * LENGTH)
     batch = next(iter(data.train_dataloader()))
-    assert (batch.dtype, batch.shape) == (torch.int64, (2, LENGTH + 1))
+    for tokens in (batch.inputs, batch.targets):
+        assert (tokens.dtype, tokens.shape) == (torch.int64, (2, LENGTH))
+    assert batch.documents is None
     assert data.accumulation(2) == 2
     assert data.tokens_per_step == BATCH_TOKENS
 
@@ -179,7 +187,7 @@ def test_workers_are_out_of_reach_of_ctrl_c(make_data):
 
 
 def validation_targets(data):
-    targets = torch.cat([batch[:, 1:].flatten() for batch in data.val_dataloader()])
+    targets = torch.cat([batch.targets.flatten() for batch in data.val_dataloader()])
     return targets[targets >= 0]
 
 
@@ -216,9 +224,9 @@ def test_validation_is_shorter_on_a_cpu(make_data, monkeypatch, accelerator, tok
 
 def test_a_validation_batch_is_no_larger_than_a_training_pass(make_data):
     in_two_passes = make_data(world_size=2, micro_tokens=2 * LENGTH).val_dataloader()
-    assert max(len(batch) for batch in in_two_passes) == 2
+    assert max(len(batch.inputs) for batch in in_two_passes) == 2
     in_one_pass = make_data(world_size=2).val_dataloader()
-    assert max(len(batch) for batch in in_one_pass) == 4
+    assert max(len(batch.inputs) for batch in in_one_pass) == 4
 
 
 def test_splits_are_at_hand_without_a_trainer(make_data):
@@ -243,18 +251,23 @@ def test_splits_are_at_hand_without_a_trainer(make_data):
         ({"world_size": 3}, r"devices x data\.length = 48, got data\.batch_tokens=128"),
         ({"length": 2048, "batch_tokens": 2048}, r"data\.length=2048 is longer than .* 2,000"),
         (
-            {"phases": [("phases[1]", 0, 24, 128, None)]},
-            r"phases\[1\]\.length = 24, got phases\[1\]",
+            {"phases": [("phases[1].data", 0, 24, 128, None)]},
+            r"phases\[1\]\.data\.length = 24, got phases\[1\]",
         ),
-        ({"phases": [("phases[1]", 0, 2048, 2048, None)]}, r"phases\[1\]\.length=2048 is longer"),
         (
-            {"phases": [*PHASES, ("phases[3]", 9, 16, 48, None)], "world_size": 2},
-            r"devices x phases\[3\]\.length = 32, got phases\[3\]\.batch_tokens=48",
+            {"phases": [("phases[1].data", 0, 2048, 2048, None)]},
+            r"phases\[1\]\.data\.length=2048 is",
+        ),
+        (
+            {"phases": [("phases[3].data", 0, 16, 48, None)], "world_size": 2},
+            r"devices x phases\[3\]\.data\.length = 32, got phases\[3\]\.data\.batch_tokens=48",
         ),
     ],
 )
 def test_numbers_that_do_not_fit_are_refused_before_training(make_data, changes, message):
     def prepare():
+        if phases := changes.get("phases"):
+            changes["phases"] = [*PHASES, *(Batching(*phase) for phase in phases)]
         data = make_data(**changes)
         data.prepare_data()
         data.setup("fit")
@@ -272,7 +285,7 @@ class Recorder(L.LightningModule):
         self.rows = []
 
     def training_step(self, batch, index):
-        self.rows.append(batch)
+        self.rows.append(row_of(batch))
         return self.weight * 1.0
 
     def validation_step(self, batch, index):

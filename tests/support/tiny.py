@@ -12,6 +12,8 @@ from lightning.pytorch.loggers import Logger
 from torch import nn
 from torch.utils.data import DataLoader
 
+from data.batches.batch import Batch, NextTokenBatches
+from data.batches.batching import Batching
 from data.prepare.vocabulary import Bytes
 from training import schedules
 from training.callbacks.progress_bar import ProgressBar
@@ -24,7 +26,7 @@ from training.trainer import make_trainer
 
 VOCAB = 16
 LENGTH = 8
-WHOLE_RUN = Phase("data", 0, None, LENGTH, 8 * LENGTH, None, None, 1.0, None)
+WHOLE_RUN = Phase("data", Batching("data", 0, LENGTH, 8 * LENGTH, None))
 
 
 class TinyModel(nn.Module):
@@ -60,7 +62,7 @@ class TinyModel(nn.Module):
     def next_logits(self, tokens, cache):
         return self(tokens)[:, -1]
 
-    def loss(self, inputs, targets):
+    def loss(self, inputs, targets, documents=None):
         logits = self(inputs).flatten(0, 1).float()
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
         return nats, (targets >= 0).sum()
@@ -94,13 +96,19 @@ class TinyData(L.LightningDataModule):
         step = self.trainer.global_step
         while True:
             share = rows(8, seed=step).chunk(self.trainer.world_size)[self.trainer.global_rank]
-            yield from share.chunk(self.passes)
+            yield from map(batch_of, share.chunk(self.passes))
             step += 1
 
     def val_dataloader(self):
         held_out = rows(self.validation_rows, seed=-1)
         held_out[-1, -3:] = -1  # padding
-        return DataLoader(held_out[self.trainer.global_rank :: self.trainer.world_size])
+        mine = held_out[self.trainer.global_rank :: self.trainer.world_size]
+        return DataLoader([batch_of(row[None]) for row in mine], batch_size=None)
+
+
+def batch_of(rows: torch.Tensor) -> Batch:
+    """Rows ``(B, L + 1)`` as next-token batches."""
+    return NextTokenBatches(None, VOCAB, pack=False).batch(rows)
 
 
 def rows(count: int, seed: int) -> torch.Tensor:

@@ -14,6 +14,7 @@ from hydra.utils import instantiate
 from torch.utils.data import DataLoader
 
 import eval as evaluation_script
+from data.batches.batch import Batch, number_documents
 from evaluation.masked import score_masked
 from evaluation.measures import bits_per_masked_byte
 from tests.support.commands import WHOLE, curve, place, run, train
@@ -62,12 +63,12 @@ def test_the_loss_is_over_masked_positions_only(device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("documents", ["stream", "split", "pack"])
-def test_padding_changes_nothing(documents, device):
-    model = build(f"data.documents={documents}").to(device).eval()  # in training, a stream has none
+def test_padding_changes_nothing(device):
+    model = build().to(device).eval()
     short = tokens(device, 40)
     padded = F.pad(short, (0, 24), value=START)
-    torch.testing.assert_close(model(padded)[:, :40], model(short))
+    documents = number_documents(padded, START)
+    torch.testing.assert_close(model(padded, documents)[:, :40], model(short))
 
 
 def test_the_mask_id_has_an_embedding_of_its_own_in_masked_models_alone():
@@ -78,32 +79,44 @@ def test_the_mask_id_has_an_embedding_of_its_own_in_masked_models_alone():
     assert embedding[MASK].std().item() == pytest.approx(1, abs=0.5)  # as any token's
 
 
+class Windows:
+    """Inputs and targets, by their numbers."""
+
+    def __init__(self, inputs, targets):
+        self.inputs, self.targets = torch.from_numpy(inputs), torch.from_numpy(targets)
+
+    def __len__(self):
+        return len(self.inputs)
+
+    def __getitem__(self, numbers):
+        return Batch(self.inputs[numbers], self.targets[numbers])
+
+
 def test_a_uniform_model_has_eight_bits_per_masked_byte():
     uniform = instantiate(composed("model=dense", *SMALL, *MASKED).model)  # as long as untrained
     targets = np.where(np.random.default_rng(0).random((9, 8)) < 0.3, 5, -1)
-    windows = np.stack([np.zeros_like(targets), targets], axis=1)
     units = np.ones(256, dtype=np.int64)
-    sums, _ = score_masked(uniform, windows, units, tokens=72, context=8, batch_tokens=32)
+    batches = Windows(np.zeros_like(targets), targets)
+    sums, _ = score_masked(uniform, batches, units, tokens=72, context=8, batch_tokens=32)
     nats, units = sums.nats.sum(), int(sums.units.sum())
     assert units == sums.tokens.sum() == (targets >= 0).sum()
     assert bits_per_masked_byte(nats, units) == pytest.approx(8, abs=1e-6)
 
 
-def masked(batch):
-    """Inputs and targets ``(B, 2, L)``; some rows have more targets than others."""
-    inputs = batch[:, :LENGTH]
+def masked(inputs):
+    """A batch of ``(B, L)`` tokens; some rows have more targets than others."""
     few = torch.arange(LENGTH) % (2 + inputs[:, :1]) == 0
-    return torch.stack([inputs, inputs.where(few, -1)], dim=1)
+    return Batch(inputs, inputs.where(few, -1))
 
 
 class MaskedRows(TinyData):
     measure = "bits_per_masked_byte"
 
     def _micro_batches(self):
-        yield from map(masked, super()._micro_batches())
+        yield from (masked(batch.inputs) for batch in super()._micro_batches())
 
     def val_dataloader(self):
-        return DataLoader(masked(rows(4, seed=-1)), batch_size=4)
+        return DataLoader([masked(rows(4, seed=-1)[:, :-1])], batch_size=None)
 
 
 def masked_task(share=0.25):
@@ -120,11 +133,11 @@ def test_each_masked_token_weighs_the_same_in_whatever_micro_batch_it_is(tmp_pat
 
 
 def test_the_gradient_is_that_of_the_mean_over_masked_tokens(tmp_path):
-    model, batch = TinyModel(), masked(rows(8, seed=0))
-    nats, count = model.loss(*batch.unbind(1))
+    model, batch = TinyModel(), masked(rows(8, seed=0)[:, :-1])
+    nats, count = model.loss(*batch)
     (nats / count).backward()
     norm = torch.nn.utils.get_total_norm([p.grad for p in model.parameters()]).item()
-    task = masked_task(share=count.item() / batch[:, 0].numel())
+    task = masked_task(share=count.item() / batch.inputs.numel())
     _, recorder = fit(tmp_path, task, MaskedRows(), max_steps=1)
     assert recorder.curve("train/gradient_norm")[1] == pytest.approx(norm, rel=1e-4)
 

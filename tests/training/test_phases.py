@@ -3,9 +3,9 @@
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -13,15 +13,17 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
+from data.batches.batching import Batching
 from eval import evaluate
 from tests.support.commands import curve, train
 from tests.support.configs import SMALL, composed
-from tests.support.phased import PHASES, Windowed, run
-from tests.support.tiny import LENGTH, TinyModel
+from tests.support.phased import LENGTHS, RATES, WINDOWS, Windowed, phases, run
+from tests.support.tiny import LENGTH
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
-from training.phases import Phase, check_model, read_phases
-from training.run.checkpoint import read_checkpoint
+from training.model_settings import adopt_settings
+from training.phases import Phase, check_phases, read_phases
+from training.run.checkpoint import of_phase, read_checkpoint
 
 ROOT = Path(__file__).parents[2]
 BOUNDARIES = [3, 7]
@@ -35,10 +37,10 @@ class Watch(L.Callback):
 
     def on_train_batch_start(self, trainer, task, batch, index):
         seen = trainer.global_step, tuple(task.model.windows)
-        self.steps.setdefault(seen, []).append(tuple(batch[:, 1:].shape))
+        self.steps.setdefault(seen, []).append(tuple(batch.targets.shape))
 
     def on_validation_batch_start(self, trainer, task, batch, index, dataloader_idx=0):
-        self.validated[trainer.global_step] = batch.shape[1] - 1
+        self.validated[trainer.global_step] = batch.inputs.shape[1]
 
 
 class Crash(L.Callback):
@@ -76,9 +78,7 @@ def test_the_rate_scales_and_warms_up_anew_in_each_phase(whole):
     rates = list(recorder.curve("train/learning_rate").values())
     shares = [[0.1, 2 / 3, 1.0], [0.1, 0.5, 1.0, 1.0], [0.1, 2 / 3, 1.0]]
     expected = [
-        phase.lr * share
-        for phase, in_phase in zip(PHASES, shares, strict=True)
-        for share in in_phase
+        rate * share for rate, in_phase in zip(RATES, shares, strict=True) for share in in_phase
     ]
     assert rates == pytest.approx(expected)
 
@@ -126,8 +126,9 @@ def test_a_run_stopped_at_the_end_of_a_phase_continues_with_the_next(tmp_path, w
     _, expected, _ = whole
     run(tmp_path / "parts", Stop(step))
     saved = tmp_path / "parts/checkpoints/last.ckpt"
-    phase = PHASES[BOUNDARIES.index(step)]
-    assert last(tmp_path / "parts")["phase"] == {"length": phase.length, "windows": phase.windows}
+    n = BOUNDARIES.index(step)
+    changes = {"windows": WINDOWS[n]} if n else {}  # those of the first phase are the run's
+    assert last(tmp_path / "parts")["phase"] == {"length": LENGTHS[n], "model": changes}
     rest = run(tmp_path / "parts", resume=saved)
     assert rest.metrics == {n: row for n, row in expected.metrics.items() if n > step}
 
@@ -152,8 +153,8 @@ def test_a_phase_begins_with_a_line_and_counts_its_own_operations(tmp_path, capl
         recorder = run(tmp_path / "run", Throughput(), ProgressBar(), log_every=2)
     lines = [record.getMessage() for record in caplog.records]
     assert (
-        "phase 2 of 3: 4 steps after step 3, windows of 16 tokens, 128 tokens a step, learning "
-        "rate 0.005, attention windows [2, 4]"
+        "phase 2 of 3: 4 steps after step 3, with data.length=16, data.batch_tokens=128, "
+        "data.micro_tokens=32, model.windows=[2, 4], optimizer.lr=0.005"
     ) in lines
     assert sum(line.startswith("phase ") for line in lines) == 3
     assert any(" · phase 2 · " in line for line in lines)
@@ -173,13 +174,16 @@ def read(phases, *overrides):
 
 
 def test_a_key_that_is_left_out_is_as_in_the_run():
-    phases, config = read(
-        "[{steps: 5}, {steps: 2, length: 128, lr: 0.005, micro_tokens: 256}]", "optimizer.lr=0.02"
+    (one, two), config = read(
+        "[{steps: 5}, {steps: 2, data: {length: 128, micro_tokens: 256}, optimizer: {lr: 0.005}}]",
+        "optimizer.lr=0.02",
     )
-    assert phases == [
-        Phase("phases[0]", 0, 5, 64, 512, None, 0.02, 1.0, None),
-        Phase("phases[1]", 5, 2, 128, 512, 256, 0.005, 0.25, None),
-    ]
+    assert one.batching == Batching("phases[0].data", 0, 64, 512, None)
+    assert two.batching == Batching("phases[1].data", 5, 128, 512, 256)
+    assert [phase.config.optimizer.lr for phase in (one, two)] == [0.02, 0.005]
+    assert two.config.optimizer.adamw_lr == config.optimizer.adamw_lr
+    changes = {"data": {"length": 128, "micro_tokens": 256}, "optimizer": {"lr": 0.005}}
+    assert (one.changes, two.changes) == ({}, changes)
     assert config.trainer.max_steps == 7
 
 
@@ -193,7 +197,7 @@ def test_a_key_that_is_left_out_is_as_in_the_run():
 )
 def test_without_phases_the_run_is_one(override, steps):
     (phase,), config = read("null", override)
-    assert phase == Phase("data", 0, None, 64, 512, None, None, 1.0, None)
+    assert phase == Phase("data", Batching("data", 0, 64, 512, None))
     assert config.trainer.max_steps == steps
 
 
@@ -210,22 +214,35 @@ def test_the_phases_say_how_long_the_run_is(limit):
         ("{steps: 3}", [], "phases must be null or a list"),
         ("5", [], "phases must be null or a list .*, got 5"),
         ("[3]", [], r"phases\[0\] must be a mapping .*, got 3"),
-        ("[{length: 64}]", [], r"phases\[0\] does not say how long it is"),
-        ("[{steps: 3}, {steps: 2, size: 64}]", [], r"phases\[1\] has no key `size`; its keys are"),
-        ("[{steps: -3}]", [], r"phases\[0\].steps must be positive, got -3"),
+        ("[{data: {length: 64}}]", [], r"phases\[0\] does not say how long it is"),
+        ("[{steps: 3}, {steps: 2, size: 64}]", [], r"phases\[1\].size cannot change in a run"),
+        ("[{steps: 3, seed: 2}]", [], r"phases\[0\].seed cannot change in a run; phases change"),
+        ("[{steps: 3, data: {seed: 2}}]", [], r"phases\[0\].data.seed cannot change in a run"),
+        ("[{steps: 3, trainer: {max_steps: 2}}]", [], r"trainer.max_steps cannot change in a run"),
+        ("[{steps: 3, optimizer: {_target_: x}}]", [], r"optimizer._target_ cannot change"),
+        ("[{steps: 3, data: {lenght: 2}}]", [], "no key `lenght`; did you mean `length`"),
+        ("[{steps: 3, optimizer: {beta: 2}}]", [], r"phases\[0\].optimizer has no key `beta`"),
+        (
+            "[{steps: 3, model: {attention: {bigbrid: {block: 2}}}}]",
+            [],
+            r"phases\[0\].model.attention has no key `bigbrid`; did you mean `bigbird`",
+        ),
+        ("[{steps: 3, model: 5}]", [], r"phases\[0\].model must be a mapping, got 5"),
+        ("[{steps: -3}]", [], r"phases\[0\].steps must be a whole number of at least 1, got -3"),
         ("[{steps: 1.5}]", [], r"phases\[0\].steps must be a whole number"),
         (
-            "[{steps: 3, length: long}]",
+            "[{steps: 3, data: {length: long}}]",
             [],
-            r"phases\[0\].length must be a whole number, got 'long'",
+            r"phases\[0\].data.length must be a whole number, got 'long'",
         ),
-        ("[{steps: 3, lr: 0}]", [], r"phases\[0\].lr must be positive, got 0"),
-        ("[{steps: 3, lr: null}]", [], r"phases\[0\].lr must be positive, got None"),
-        ("[{steps: 3, windows: 8}]", [], r"phases\[0\].windows must be a list .*, got 8"),
-        ("[{steps: 3, windows: [8]}, {steps: 3}]", [], "windows or none"),
+        ("[{steps: 3, data: {length: 24}}]", [], r"multiple of phases\[0\].data.length = 24"),
+        (
+            "[{steps: 3, trainer: {gradient_clip: 0}}]",
+            [],
+            r"phases\[0\].trainer.gradient_clip must be positive or null, got 0",
+        ),
         ("[{steps: 3}]", ["trainer.max_steps=4"], "3 steps, got trainer.max_steps=4"),
         ("[{steps: 3}]", ["trainer.max_minutes=5"], "trainer.max_minutes=5; set both to null"),
-        ("[{steps: 3}]", ["optimizer.lr=0"], "optimizer.lr must be positive, got 0"),
     ],
 )
 def test_a_mistake_in_the_phases_is_one_sentence(phases, overrides, message):
@@ -233,32 +250,106 @@ def test_a_mistake_in_the_phases_is_one_sentence(phases, overrides, message):
         read(phases, *overrides)
 
 
-def test_windows_need_a_model_that_takes_them():
-    with pytest.raises(ValueError, match="TinyModel has no `set_windows`"):
-        check_model(PHASES, TinyModel())
+@pytest.mark.parametrize(
+    ("key", "now"),
+    [
+        ("length: 64", "`data: {length: ...}`"),
+        ("batch_tokens: 64", "`data: {batch_tokens: ...}`"),
+        ("micro_tokens: 64", "`data: {micro_tokens: ...}`"),
+        ("lr: 0.1", "`optimizer: {lr: ...}`"),
+        ("windows: [8]", "`model: {attention: {longformer: {window: [...]}}}`"),
+    ],
+)
+def test_a_key_of_former_phases_says_what_to_write_instead(key, now):
+    with pytest.raises(ValueError, match=rf"phases\[0\].\w+ is written as {re.escape(now)}"):
+        read(f"[{{steps: 3, {key}}}]")
 
 
-def test_the_windows_of_every_phase_are_tried_before_training():
-    model = Windowed()
-    check_model(PHASES, model)
+def check(phases, *overrides):
+    found, config = read(phases, *SMALL, "data=sample", "run_id=x", *overrides)
+    model = instantiate(config.model)
+    check_phases(found, model)
+    return model
+
+
+def test_the_settings_of_every_phase_are_tried_before_training():
+    model = Windowed(0.3, [0, 0])
+    check_phases(phases(), model)
     assert model.windows == [1, 2]
     with pytest.raises(ValueError, match=r"phases\[2\]: .*got \[1, 2, 3\]"):
-        check_model([*PHASES, replace(PHASES[-1], windows=[1, 2, 3])], model)
+        check_phases(phases({"phases.2.model.windows": [1, 2, 3]}), model)
+
+
+@pytest.mark.parametrize(
+    ("phase", "message"),
+    [
+        ("model: {dim: 64}", r"phases\[0\]: the weights of a model go on .* `embedding.weight`"),
+        ("model: {norm: layer}", r"would be LayerNorm instead of RMSNorm"),
+        ("model: {dropout: 2}", r"phases\[0\]: .*model.dropout=2"),
+        ("model: {dropout: often}", r"phases\[0\]: model.dropout must be a number, got 'often'"),
+        ("optimizer: {lr: -1}", r"phases\[0\]: optimizer.lr must be at least 0 .*, got -1"),
+        ("schedule: {decay: 2}", r"phases\[0\]: .*decay=2"),
+    ],
+)
+def test_what_the_model_or_the_optimizer_cannot_be_is_refused_before_training(phase, message):
+    with pytest.raises(ValueError, match=message):
+        check(f"[{{steps: 3, {phase}}}]")
 
 
 def test_a_phase_that_is_longer_than_the_learned_positions_is_refused():
-    config = composed(*SMALL, "model.embedding.matrix_shape=[8, 8]", "data=sample", "run_id=x")
-    with pytest.raises(ValueError, match=r"phases\[2\]: learned positions reach 64 tokens"):
-        check_model([replace(PHASES[-1], windows=None, length=65)], instantiate(config.model))
+    with pytest.raises(ValueError, match=r"phases\[1\]: learned positions reach 64 tokens"):
+        check(
+            "[{steps: 3}, {steps: 3, data: {length: 65, batch_tokens: 650}}]",
+            "model.embedding.matrix_shape=[8, 8]",
+        )
+
+
+@torch.no_grad()
+def test_a_model_with_adopted_settings_is_the_one_that_was_made_with_them():
+    def model(*windows, dropout):
+        window = f"model.attention.longformer.window=[{','.join(map(str, windows))}]"
+        overrides = ["model=longformer", *SMALL, window, f"model.block.dropout={dropout}"]
+        return instantiate(composed(*overrides).model)
+
+    live, other = model(4, 8, dropout=0.5), model(16, 32, dropout=0.25)
+    for parameter in live.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    other.load_state_dict(live.state_dict())
+    kept = dict(live.named_parameters())
+    with torch.device("meta"):
+        settings = model(16, 32, dropout=0.25)
+    adopt_settings(live, settings)
+    assert all(parameter is kept[name] for name, parameter in live.named_parameters())
+    tokens = torch.randint(256, (2, 64))
+    for mode in (True, False):
+        live.train(mode), other.train(mode)
+        outputs = []
+        for one in (live, other):
+            torch.manual_seed(0)
+            outputs.append(one(tokens))
+        assert torch.equal(*outputs)
 
 
 def test_train_and_eval_follow_the_phases(tmp_path):
     folder = tmp_path / "run"
-    phases = "phases=[{steps: 3}, {steps: 2, length: 128, micro_tokens: 256, lr: 0.01}]"
-    result = train(folder, phases, "schedule=constant")
+    second = (
+        "{steps: 2, data: {length: 128, micro_tokens: 256}, optimizer: {lr: 0.01}, "
+        "model: {attention: {bigbird: {block: 16}}}}"
+    )
+    result = train(folder, f"phases=[{{steps: 3}}, {second}]", "schedule=constant")
     assert "phase 2 of 2: 2 steps after step 3" in result.stdout
-    assert [step for step, row in curve(folder).items() if "val/bits_per_byte" in row] == [0, 3, 5]
+    steps = curve(folder)
+    assert [step for step, row in steps.items() if "val/bits_per_byte" in row] == [0, 3, 5]
     checkpoint, cache = folder / "checkpoints/last.ckpt", tmp_path / "cache"
+    changes = {"attention": {"bigbird": {"block": 16}}}
+    assert read_checkpoint(checkpoint)["phase"] == {"length": 128, "model": changes}
     settings = [f"checkpoint={checkpoint}", "limit=500", f"paths.cache={cache}"]
     evaluate(composed(*settings, name="eval"))
     assert json.loads((folder / "evaluation.json").read_text())["context"] == 128
+
+
+def test_the_phase_of_a_former_checkpoint_is_read():
+    assert of_phase({}) == (None, {})
+    assert of_phase({"phase": {"length": 64, "windows": None}}) == (64, {})
+    windows = {"attention": {"longformer": {"window": [1, 2]}}}
+    assert of_phase({"phase": {"length": 64, "windows": [1, 2]}}) == (64, windows)

@@ -32,6 +32,7 @@ from tests.support.tiny import (
 from training.callbacks.compilation import compile_model
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
+from training.model_settings import adopt_settings
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -182,11 +183,13 @@ def test_one_graph_serves_layers_that_differ_in_numbers(attention, blocks, graph
 
 def test_phases_with_other_lengths_and_windows_need_few_graphs(graphs, kernel_device):
     phases, layers = 3, 4
-    attention = partial(LongformerAttention, window=4, dilation=[1, 1, 2, 3])
-    model = transformer(attention, layers).to(kernel_device)
+    attention = partial(LongformerAttention, dilation=[1, 1, 2, 3])
+    model = transformer(partial(attention, window=4), layers).to(kernel_device)
     compile_model(model)
     for phase in range(phases):
-        model.set_windows([2 + phase * layers + n for n in range(layers)])
+        windows = [2 + phase * layers + n for n in range(layers)]
+        with torch.device("meta"):
+            adopt_settings(model, transformer(partial(attention, window=windows), layers))
         tokens = torch.randint(16, (1, 8 * 2**phase + 1), device=kernel_device)
         for training in (False, True):
             model.train(training)

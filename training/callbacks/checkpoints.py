@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import Tensor
 
 
 class Checkpoints(L.Callback):
@@ -14,10 +13,8 @@ class Checkpoints(L.Callback):
     `last` is written every ``every_steps`` optimizer steps, after each validation, and when the
     run is stopped; `best` when the measure of the data (``val/bits_per_byte``, say) is lower than
     ever before. Both hold all that resuming needs and, under ``config``, the run's configuration as
-    text. Nothing is written between two micro-batches of one step, whose accumulated gradients no
-    checkpoint holds.
-
-    List this callback last: a checkpoint holds the state of the others after their own step.
+    text. `EndOfStep` has them written between steps alone: no checkpoint holds the gradients that
+    micro-batches accumulate.
 
     Args:
         output: the run's folder, with its `config.yaml`.
@@ -36,11 +33,9 @@ class Checkpoints(L.Callback):
         self.lowest = math.inf
         self.saved_step = -1
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Tensor, index: int
-    ) -> None:
-        due = trainer.global_step % self.every_steps == 0 or trainer.should_stop
-        if due and at_step_boundary(trainer, index):
+    def save_if_due(self, trainer: L.Trainer) -> None:
+        """Write `last.ckpt` at its interval, and when the run stops."""
+        if trainer.global_step % self.every_steps == 0 or trainer.should_stop:
             self._save_last(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:
@@ -74,8 +69,3 @@ class Checkpoints(L.Callback):
         if self.saved_step != trainer.global_step:
             trainer.save_checkpoint(self.last)
             self.saved_step = trainer.global_step
-
-
-def at_step_boundary(trainer: L.Trainer, index: int) -> bool:
-    """Whether micro-batch ``index``, just finished, completed an optimizer step."""
-    return (index + 1) % trainer.accumulate_grad_batches == 0

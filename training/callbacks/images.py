@@ -26,9 +26,9 @@ class Images(L.Callback):
 
     Does nothing where the data are not images, or the model predicts masked tokens. It draws with
     the weights that a validation has scored (averages, where there are any), after `Checkpoints`
-    has saved them, which this callback follows, and with random numbers of its own. An image has
-    thousands of bytes, each of which costs a step of the model, so by default that is only after
-    the last step.
+    has saved them (the trainer puts this callback last), and with random numbers of its own. An
+    image has thousands of bytes, each of which costs a step of the model, so by default that is
+    only after the last step.
 
     Args:
         output: the run's folder.

@@ -8,9 +8,6 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor
-
-from training.callbacks.checkpoints import at_step_boundary
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -18,11 +15,9 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 class Interruption(L.Callback):
     """Stops the run at the next optimizer step after a signal to any of its processes.
 
-    A handler may run in the middle of anything, so it only takes note. The step boundary is where
-    all processes learn of it, `Checkpoints` saves, and training ends as if its budget were spent.
-    Impatience is served: a second Ctrl-C raises `KeyboardInterrupt` at once.
-
-    List this callback before `checkpoints`, which saves in the same hook.
+    A handler may run in the middle of anything, so it only takes note. At the end of the step all
+    processes learn of it, `Checkpoints` saves, and training ends as if its budget were spent
+    (`EndOfStep`). Impatience is served: a second Ctrl-C raises `KeyboardInterrupt` at once.
 
     Attributes:
         signal_received: number of the signal that stopped the run, the same in all processes, or
@@ -40,11 +35,8 @@ class Interruption(L.Callback):
 
     on_validation_start = on_train_start  # a validation may come before the first step
 
-    def on_train_batch_end(
-        self, trainer: L.Trainer, task: L.LightningModule, outputs: Any, batch: Tensor, index: int
-    ) -> None:
-        if not at_step_boundary(trainer, index):
-            return
+    def stop_if_signalled(self, trainer: L.Trainer) -> None:
+        """Stop the run if any of its processes got a signal; all of them must call this."""
         number = torch.tensor(self.signal_received or 0, device=trainer.strategy.root_device)
         number = int(trainer.strategy.reduce(number, reduce_op="max"))
         if number:

@@ -18,7 +18,7 @@ class Samples(L.Callback):
     Only models of the next token write text.
 
     The text is drawn while a validation begins: the model is in evaluation mode by then, and has
-    the averaged weights where weights are averaged (if that callback is listed before this one).
+    the averaged weights where weights are averaged (the trainer has that callback come first).
     It uses random numbers of its own, the same ones at every step, so that texts compare.
 
     Args:

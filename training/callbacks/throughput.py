@@ -2,9 +2,9 @@
 
 import lightning as L
 import torch
-from torch import Tensor
 
-from training.phases import Phases
+from data.batches.batch import Batch
+from training.callbacks.phases import Phases
 from training.run.progress import Budget
 
 # Dense bf16 products a second, without structured sparsity, from NVIDIA's data sheets. (Lightning's
@@ -30,17 +30,18 @@ class Throughput(L.Callback):
         self._peak_flops = self._peak(trainer)
         self._restart()
 
-    def on_train_batch_start(self, *_) -> None:
-        self._waited += self._clock.lap
-
-    def on_train_batch_end(
-        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Tensor, batch_idx
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Batch, batch_idx
     ) -> None:
-        length = pl_module.objective.length(batch)
+        self._waited += self._clock.lap
         if self._phase != (phase := Phases.of(trainer).index):
             self._phase = phase
-            self._flops_per_token = pl_module.model.flops_per_token(length)
-        tokens = len(batch) * length * trainer.world_size
+            self._flops_per_token = pl_module.model.flops_per_token(batch.inputs.shape[1])
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs, batch: Batch, batch_idx
+    ) -> None:
+        tokens = batch.inputs.numel() * trainer.world_size
         self._tokens += tokens
         self._flops += tokens * self._flops_per_token
         step = trainer.global_step

@@ -1,11 +1,7 @@
 """A mistake of the user, found before training begins, is one sentence and not a traceback."""
 
-import difflib
-import inspect
 import os
-import re
 import sys
-from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +18,6 @@ USER_ERRORS = (
     ValueError, OSError, FloatingPointError, OmegaConfBaseException, MisconfigurationException,
 )  # fmt: skip
 EXIT_STATUS = 2
-OUR_PACKAGES = {"kernels", "models", "evaluation", "training", "data"}
 
 
 class UserErrors(L.Callback):
@@ -65,8 +60,6 @@ def one_sentence(error: BaseException | None) -> str | None:
     configured = isinstance(error, InstantiationException)
     while isinstance(error, InstantiationException) and error.__cause__ is not None:
         error = error.__cause__
-    if isinstance(error, TypeError) and (sentence := _wrong_keys(str(error))):
-        return sentence
     if isinstance(error, MissingMandatoryValue):
         key = error.full_key.removeprefix("task.")  # which only refers to the other sections
         choose = ", or choose another file of its group" if "." in key else ""
@@ -85,37 +78,3 @@ def one_sentence(error: BaseException | None) -> str | None:
     if configured and not isinstance(error, ImportError):  # a new file of the user's may be wrong
         return f"what is configured cannot be built: {type(error).__name__}: {error}"
     return None
-
-
-def _wrong_keys(message: str) -> str | None:
-    """A sentence for a key that one of our constructors does not take, or does not get."""
-    match = re.match(
-        r"([\w.]+?)(?:\.__init__)?\(\) (?:got an unexpected keyword argument '(\w+)'|"
-        r"missing \d+ required [\w -]+: (.+))",
-        message,
-    )
-    target = match and _ours(match[1])
-    if not target:
-        return None
-    if match[3]:
-        return (
-            f"{match[1]} lacks {match[3]}; set what is a key of the configuration, and "
-            "`_partial_: true` where the code supplies the rest."
-        )
-    keys = list(inspect.signature(target).parameters)
-    close = difflib.get_close_matches(match[2], keys, n=1)
-    hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(keys)}."
-    return f"{match[1]} has no key `{match[2]}`; {hint}"
-
-
-def _ours(name: str) -> Callable[..., Any] | None:
-    """The class or function called ``name`` that is defined in a module of ours."""
-    for path, module in list(sys.modules.items()):
-        found = vars(module).get(name) if _is_ours(path) else None
-        if callable(found) and _is_ours(found.__module__):
-            return found
-    return None
-
-
-def _is_ours(module: str) -> bool:
-    return module.split(".")[0] in OUR_PACKAGES

@@ -1,5 +1,6 @@
-"""What a configuration cannot be, found before anything is built: groups, types, seeds, folders."""
+"""What a configuration cannot be, found before anything is built: groups, keys, types, folders."""
 
+import difflib
 import inspect
 import types
 import typing
@@ -9,6 +10,8 @@ from pydoc import locate
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
+
+from training.config.moved import moved_target
 
 NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text",
@@ -48,13 +51,12 @@ def _chosen(group: str, section: Any) -> bool:
 
 
 def check_types(config: DictConfig) -> None:
-    """Compare each value with what the constructor that its `_target_` names is annotated with.
+    """Compare keys and values with the signatures of what they are given to.
 
-    Only plain types are compared (whole numbers, numbers, text, true or false, null, lists of
-    these, and mappings), and only where the annotation lists nothing else.
+    See `check_targets` for the constructors that each `_target_` names.
 
     Raises:
-        ValueError: for the first value of another type.
+        ValueError: for the first key that is unknown or left out, or value of another type.
         MissingMandatoryValue: for the first key without a value.
     """
     plain = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
@@ -68,7 +70,58 @@ def check_types(config: DictConfig) -> None:
             raise ValueError(f"paths.{name} must be the path of a folder, got {_given(path)}.")
     # Last, because it refers to other sections, by whose names the user knows their keys.
     plain["task"] = plain.pop("task")
-    _check(plain, "")
+    check_targets(plain)
+
+
+def check_targets(node: Any, key: str = "") -> None:
+    """Compare every mapping that has a `_target_` with the signature of that.
+
+    Its keys must be arguments of the target, and all those without a default; with `_partial_`, the
+    code supplies those that may be positional. Of the values only plain types are compared (whole
+    numbers, numbers, text, true or false, null, lists of these, and mappings), and only where the
+    annotation lists nothing else.
+
+    Args:
+        node: a part of the configuration, as plain mappings and lists.
+        key: where it stands.
+
+    Raises:
+        ValueError: for the first difference.
+    """
+    if isinstance(node, list):
+        for n, item in enumerate(node):
+            check_targets(item, f"{key}[{n}]")
+    if not isinstance(node, dict):
+        return
+    if "_target_" in node:
+        target = _target(node["_target_"], key)
+        _check_keys(target, node, key)
+        check_arguments(target, node, key)
+    for name, value in node.items():
+        check_targets(value, f"{key}.{name}" if key else name)
+
+
+def _check_keys(target: Callable[..., Any], node: Mapping[str, Any], key: str) -> None:
+    parameters = inspect.signature(target).parameters.values()
+    place = f"{key}: " if key else ""
+    given = [name for name in node if not name.startswith("_")]
+    known = [p.name for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
+    for name in given:
+        if name not in known and not takes_any:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(known)}."
+            raise ValueError(f"{place}{target.__name__} has no key `{name}`; {hint}")
+    needed = [
+        p.name for p in parameters
+        if p.default is p.empty and p.name in known and p.name not in given
+        and (p.kind is p.KEYWORD_ONLY or not node.get("_partial_"))
+    ]  # fmt: skip
+    if needed and "_args_" not in node:
+        raise ValueError(
+            f"{place}{target.__name__} lacks {', '.join(map(repr, needed))}; set what is a key of "
+            "the configuration, and `_partial_: true` where the code supplies the rest."
+        )
 
 
 def check_documents(config: DictConfig) -> None:
@@ -86,7 +139,7 @@ def check_documents(config: DictConfig) -> None:
 
 
 def check_arguments(target: Callable[..., Any], values: Mapping[str, Any], key: str = "") -> None:
-    """Compare values with the plain types that ``target`` is annotated with; see `check_types`."""
+    """Compare values with the plain types of the arguments of ``target``; see `check_targets`."""
     allowed = _plain_arguments(target)
     for name in allowed.keys() & values.keys():
         if not _fits(values[name], allowed[name]):
@@ -99,20 +152,10 @@ def _given(value: Any) -> str:
     return "null" if value is None else repr(value)
 
 
-def _check(node: Any, key: str) -> None:
-    if isinstance(node, list):
-        for n, item in enumerate(node):
-            _check(item, f"{key}[{n}]")
-    if not isinstance(node, dict):
-        return
-    if "_target_" in node:
-        check_arguments(_target(node["_target_"], key), node, key)
-    for name, value in node.items():
-        _check(value, f"{key}.{name}" if key else name)
-
-
 def _target(name: Any, key: str) -> Callable[..., Any]:
     target = locate(name) if isinstance(name, str) else None
+    if target is None and isinstance(name, str) and (now := moved_target(name)):
+        raise ValueError(f"{key}._target_: {name} has moved; write {now} instead.")
     if not callable(target):
         raise ValueError(
             f"{key}._target_ must be the place of a class or function, such as "

@@ -106,7 +106,7 @@ def _check(**numbers: float) -> None:
 
 
 def _check_shares(**shares: Sequence[float]) -> None:
-    """Those of the past that a mean keeps: with 1, nothing new would be added."""
+    """Decay rates of running means must lie in [0, 1)."""
     for name, values in shares.items():
         for value in values:
             if not 0 <= value < 1:

@@ -4,6 +4,7 @@ import importlib
 import inspect
 import os
 import pickle
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import yaml
 from hydra.utils import instantiate
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import OmegaConf
 from torch import Tensor
 
 from training.run.migrations import migrate, migrate_checkpoint
@@ -99,23 +101,47 @@ def model_weights(checkpoint: dict[str, Any]) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): w for name, w in weights if name.startswith(prefix)}
 
 
-def rebuild(config_text: str, section: str, **overrides: Any) -> Any:
+def rebuild(
+    config_text: str,
+    section: str,
+    *,
+    changes: Mapping[str, Any] | None = None,
+    trust: Sequence[str] = (),
+) -> Any:
     """Instantiate one section of a saved configuration, which need not be trusted.
 
     Args:
         config_text: the resolved configuration, YAML text.
         section: ``"model"`` or ``"data"``.
-        overrides: arguments that replace those of the section's own constructor.
+        changes: values that replace some of the section's.
+        trust: packages of the user's own whose classes may be instantiated, too.
 
     Raises:
         ValueError: if the text is not such a configuration, or names anything but classes that
-            are defined in the package of that section.
+            are defined in the package of that section or in those of ``trust``.
     """
     config = parse_config(config_text)
     if not isinstance(config.get(section), dict):
         raise ValueError(f"the saved configuration has no section `{section}`.")
-    _check(config[section], section, PACKAGES[section])
-    return instantiate(config[section], **overrides)
+    for package in trust:
+        _require_package(package)
+    packages = (PACKAGES[section], *trust)
+    for node in (config[section], changes or {}):
+        _check(node, section, packages)
+    return instantiate(OmegaConf.merge(config[section], changes or {}))
+
+
+def of_phase(checkpoint: Mapping[str, Any]) -> tuple[int | None, dict[str, Any]]:
+    """The phase that a checkpoint was written in: its length, and what it changes of the model.
+
+    Returns:
+        Tokens in a window, None where it is that of the data; and values of the section `model`.
+    """
+    phase = checkpoint.get("phase", {"length": None, "model": {}})
+    if phase.get("windows") is None:
+        return phase["length"], phase.get("model", {})
+    # Phases had one window a layer, of the attention that is called longformer.
+    return phase["length"], {"attention": {"longformer": {"window": phase["windows"]}}}
 
 
 def parse_config(text: str) -> dict[str, Any]:
@@ -136,29 +162,41 @@ def parse_config(text: str) -> dict[str, Any]:
     return migrate(config)
 
 
-def _check(node: Any, key: str, package: str) -> None:
-    """Refuse whatever in a node could make Hydra do more than build objects of ``package``."""
+def _check(node: Any, key: str, packages: Sequence[str]) -> None:
+    """Refuse whatever in a node could make Hydra do more than build objects of ``packages``."""
     if isinstance(node, dict):
         for name, value in node.items():
-            _check(name, key, package)
-            _check(value, f"{key}.{name}", package)
+            _check(name, key, packages)
+            _check(value, f"{key}.{name}", packages)
             hidden = isinstance(name, str) and name.startswith("_") and name.endswith("_")
             if hidden and name not in HYDRA_KEYS:
                 raise ValueError(f"the saved configuration was refused: `{key}` has a `{name}`.")
-        if "_target_" in node and not _is_defined_in(package, node["_target_"]):
+        if "_target_" in node and not any(_is_defined_in(p, node["_target_"]) for p in packages):
             raise ValueError(
                 f"the saved configuration was refused: `{key}._target_` is {node['_target_']!r}, "
-                f"and only classes defined in `{package}` are instantiated."
+                f"and only classes defined in {' and '.join(map(repr, packages))} are "
+                "instantiated; if it is a class of a package of your own, add trust=[PACKAGE]."
             )
     elif isinstance(node, list):
         for index, value in enumerate(node):
-            _check(value, f"{key}[{index}]", package)
+            _check(value, f"{key}[{index}]", packages)
     elif isinstance(node, str) and "${" in node:
         raise ValueError(f"the saved configuration was refused: `{key}` interpolates {node!r}.")
 
 
+def _require_package(name: str) -> None:
+    """Import a package that the user trusts, so that a typing error is not read as distrust."""
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"trust names {name!r}, which cannot be imported ({error}); put the folder that it is "
+            "in on PYTHONPATH."
+        ) from error
+
+
 def _is_defined_in(package: str, target: Any) -> bool:
-    """Whether ``target`` is the path at which a class (or initialisation) of it is *defined*.
+    """Whether ``target`` is the path of a class (or initialisation) that is *defined* in there.
 
     A prefix is not enough: `models.transformer.torch.load` has ours and is torch's.
     """
@@ -170,7 +208,7 @@ def _is_defined_in(package: str, target: Any) -> bool:
     except ModuleNotFoundError:
         return False
     known = inspect.isfunction if module_name == INITIALISATION else inspect.isclass
-    return known(found) and found.__module__ == module_name
+    return known(found) and f"{found.__module__}.".startswith(f"{package}.")
 
 
 def _read(path: Path, mmap: bool) -> dict[str, Any]:

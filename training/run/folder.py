@@ -31,7 +31,6 @@ NOT_IN_ID = {
 MUST_AGREE = ["model", "data", "optimizer", "schedule", "phases", "seed"]
 MAY_DIFFER = {
     "data": ["path", "cache", "workers", "micro_tokens", "validation_tokens", "exclude_rows"],
-    "phases": ["micro_tokens"],
 }
 
 _held: list[IO] = []  # the lock of the folder that this process trains in
@@ -142,8 +141,8 @@ def _require_steps_ahead(checkpoint: Path, max_steps: int | None) -> None:
 
 
 def _without_details(section: Any, name: str) -> Any:
-    if isinstance(section, list):
-        return [_without_details(item, name) for item in section]
+    if isinstance(section, list):  # phases, which have sections of their own
+        return [{k: _without_details(v, k) for k, v in phase.items()} for phase in section]
     ignored = MAY_DIFFER.get(name, [])
     if not isinstance(section, dict):
         return section

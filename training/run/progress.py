@@ -32,9 +32,9 @@ class Budget(L.Callback):
     """Stops a run after ``max_steps`` optimizer steps or ``max_minutes`` of training.
 
     Minutes are those of training alone: waiting for data and the first step's compilation count,
-    validation, checkpoints and other callbacks do not. ``clock`` runs from the end of one batch's
-    callbacks (the task starts it, its hooks come last) to the beginning of the next one's (stopped
-    here, so this must be the first callback of the trainer).
+    validation, checkpoints and other callbacks do not. The task starts ``clock`` after the last
+    callback of a batch, and it is stopped here, in the first one of the next batch. `EndOfStep`
+    measures the progress.
 
     Args:
         max_steps: optimizer steps, counted from the very first start; None: no such limit.
@@ -57,7 +57,6 @@ class Budget(L.Callback):
         self.max_minutes = max_minutes
         self.progress = 0.0  # share of the run that is done, in [0, 1]; the same on all ranks
         self.clock = Stopwatch()
-        self._steps = 0
 
     @staticmethod
     def of(trainer: L.Trainer) -> "Budget":
@@ -75,18 +74,15 @@ class Budget(L.Callback):
                 "machine: it is not reproducible bit for bit",
                 self.max_minutes,
             )
-        self._measure(trainer)
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+    def on_train_batch_end(self, *_) -> None:
         self.clock.stop()
-        if trainer.global_step > self._steps:
-            self._measure(trainer)
 
-    def _measure(self, trainer: L.Trainer) -> None:
-        self._steps = trainer.global_step
+    def measure(self, trainer: L.Trainer) -> None:
+        """Take the progress of the steps that are done, and stop the run when it is spent."""
         shares = []
         if self.max_steps is not None:
-            shares.append(self._steps / self.max_steps)
+            shares.append(trainer.global_step / self.max_steps)
         if self.max_minutes is not None:  # every rank has its own clock; the first one's counts
             seconds = trainer.strategy.broadcast(self.clock.seconds)
             shares.append(seconds / 60 / self.max_minutes)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lightning.pytorch.accelerators import CPUAccelerator
 
-from data.batches.masking import EVALUATION, MaskedWindows, Masking
+from data.batches.masking import EVALUATION, MaskedBatches, Masking
 from data.batches.windows import EvaluationWindows, Stream, spread
 from data.corpora import Split
 from data.corpora.byte_file import ByteFile
@@ -80,8 +80,8 @@ def test_evaluation_reads_each_token_once(layout, documents, length):
     ends = np.cumsum(documents)
     split = Split(np.arange(ends[-1]) % VOCAB, np.append(0, ends[:-1]))
     windows = EvaluationWindows(Stream(split, layout, START), length)
-    all_tokens = MaskedWindows(windows, Masking(1.0, 0.0, 0.0), VOCAB, EVALUATION)
-    targets = all_tokens[range(len(windows) + 2)][:, 1]  # and windows of padding for other devices
+    all_tokens = MaskedBatches(windows, Masking(1.0, 0.0, 0.0), VOCAB, EVALUATION, True)
+    targets = all_tokens[range(len(windows) + 2)].targets  # and padding for other devices
     assert targets[targets >= 0].tolist() == split.tokens.tolist()
 
 
@@ -109,11 +109,16 @@ def make_data(tmp_path):
     return make
 
 
+def stacked(batches):
+    """Inputs and targets of all batches, ``(rows, 2, L)``."""
+    return torch.cat([torch.stack(batch[:2], dim=1) for batch in batches])
+
+
 def steps(data, count):
     """The next ``count`` steps of this device: ``(count, rows, 2, length)``."""
     passes = data.accumulation(data.trainer.world_size)
     batches = list(islice(data.train_dataloader(), count * passes))
-    return torch.cat(batches).view(count, -1, 2, LENGTH)
+    return stacked(batches).view(count, -1, 2, LENGTH)
 
 
 @pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")
@@ -140,7 +145,7 @@ def test_masks_differ_between_samples_epochs_and_seeds(make_data):
 
 
 def validation(data):
-    return torch.cat(list(data.val_dataloader()))
+    return stacked(data.val_dataloader())
 
 
 def test_every_evaluation_of_every_run_and_device_has_the_same_masks(make_data):
@@ -150,8 +155,8 @@ def test_every_evaluation_of_every_run_and_device_has_the_same_masks(make_data):
     both = torch.stack(shares, dim=1).flatten(0, 1)  # windows go to the devices in turn
     assert torch.equal(both[: len(once)], once)
     data = make_data()
-    windows = data.evaluation_windows(data.split("validation"), LENGTH)
-    assert torch.equal(torch.from_numpy(windows[spread(len(windows), 1000 // LENGTH)]), once)
+    batches = data.evaluation_batches(data.split("validation"), LENGTH)
+    assert torch.equal(stacked([batches[spread(len(batches), 1000 // LENGTH)]]), once)
 
 
 def test_results_of_masked_tokens_have_a_name_of_their_own(make_data):

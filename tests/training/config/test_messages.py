@@ -1,5 +1,6 @@
 """A mistake found before training is one line and status 2; a later error is a traceback."""
 
+import importlib.util
 from functools import partial
 from pydoc import ErrorDuringImport
 
@@ -12,7 +13,8 @@ from omegaconf import OmegaConf
 from tests.support.configs import composed
 from tests.support.tiny import fit
 from training.config.messages import UserErrors
-from training.config.validate import check_types
+from training.config.moved import MODULES, refuse_moved_keys
+from training.config.validate import check_targets, check_types
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +60,10 @@ def test_an_unknown_key_names_the_class_the_key_and_the_nearest_one(capsys):
         "output": "x",
         "every_step": 1,
     }
-    message = message_of(lambda: instantiate(node), capsys)
+    message = message_of(lambda: check_targets(node), capsys)
     assert message == "error: Checkpoints has no key `every_step`; did you mean `every_steps`?\n"
+    message = message_of(lambda: check_targets({"callbacks": [node]}), capsys)
+    assert message.startswith("error: callbacks[0]: Checkpoints has no key `every_step`; ")
 
 
 def test_an_unknown_key_of_an_attention_inside_a_model_is_found(capsys):
@@ -73,20 +77,56 @@ def test_an_unknown_key_of_an_attention_inside_a_model_is_found(capsys):
             "_target_": "models.embeddings.Embedding", "_partial_": True, "vocab_size": 256,
         },
     }  # fmt: skip
-    message = message_of(lambda: instantiate(node), capsys)
+    message = message_of(lambda: check_targets(node), capsys)
     assert "BigBirdAttention has no key `random_block`; did you mean `random_blocks`?" in message
 
 
 def test_a_key_that_is_not_given_is_named(capsys):
     node = {"_target_": "training.callbacks.checkpoints.Checkpoints", "output": "x"}
-    message = message_of(lambda: instantiate(node), capsys)
+    message = message_of(lambda: check_targets(node), capsys)
     assert message.startswith("error: Checkpoints lacks 'every_steps'; set ")
 
 
 def test_an_unknown_key_that_is_like_no_other_lists_them(capsys):
     node = {"_target_": "training.optim.optimizers.adamw", "_partial_": True, "zzz": 1}
-    message = message_of(lambda: instantiate(node)(None), capsys)
+    message = message_of(lambda: check_targets(node), capsys)
     assert message.startswith("error: adamw has no key `zzz`; its keys are model, lr, ")
+
+
+def test_the_code_supplies_what_may_be_positional_where_a_target_is_partial(capsys):
+    node = {"_target_": "training.schedules.cosine", "_partial_": True, "warmup_steps": 1}
+    message = message_of(lambda: check_targets(node), capsys)
+    assert message.startswith("error: cosine lacks 'final'; set ")
+    check_targets(node | {"final": 0.0})
+    message = message_of(lambda: check_targets(node | {"_partial_": False}), capsys)
+    assert message.startswith("error: cosine lacks 'step', 'progress', 'final'; set ")
+
+
+@pytest.mark.parametrize(
+    ("argument", "now"),
+    [
+        ("model.recompute=true", "model.stack=recompute"),
+        ("++model.recompute=true", "model.stack=recompute"),
+        ("phases.2.length=4096", "phases.N.data.length"),
+        ("phases.0.windows=[8]", "phases.N.model.attention.longformer.window"),
+    ],
+)
+def test_a_key_that_has_moved_says_what_to_write(argument, now, capsys):
+    with pytest.raises(SystemExit) as leaving:
+        refuse_moved_keys(["data=sample", argument])
+    assert leaving.value.code == 2
+    message = capsys.readouterr().err
+    key = argument.lstrip("+").partition("=")[0]
+    assert message.startswith(f"error: {key} has moved; write {now}")
+    assert message.count("\n") == 1
+    refuse_moved_keys(["data=sample", "phases.0.steps=3", "prompt=model.recompute"])
+
+
+@pytest.mark.parametrize(("old", "now"), MODULES.items())
+def test_a_target_that_has_moved_says_where_it_is(old, now, capsys):
+    assert importlib.util.find_spec(now)
+    message = message_of(lambda: check_targets({"_target_": f"{old}.Thing"}, "x"), capsys)
+    assert message == f"error: x._target_: {old}.Thing has moved; write {now}.Thing instead.\n"
 
 
 def test_a_value_that_is_not_given_is_one_line(capsys):
@@ -95,9 +135,11 @@ def test_a_value_that_is_not_given_is_one_line(capsys):
 
 
 def test_a_reference_to_nothing_is_one_line(capsys):
-    config = OmegaConf.create({"task": {"objective": {"share": "${data.masking.share}"}}})
-    message = message_of(lambda: config.task.objective.share, capsys)
-    assert message.startswith("error: `objective.share` refers to ${data.masking.share}, which ")
+    config = OmegaConf.create({"task": {"objective": {"scored_fraction": "${data.masking.share}"}}})
+    message = message_of(lambda: config.task.objective.scored_fraction, capsys)
+    assert message.startswith(
+        "error: `objective.scored_fraction` refers to ${data.masking.share}, which "
+    )
 
 
 def test_a_mistake_of_ours_keeps_its_traceback():
@@ -112,7 +154,7 @@ def test_a_mistake_of_ours_keeps_its_traceback():
 def test_a_file_of_the_users_that_cannot_be_imported_keeps_its_traceback(tmp_path, monkeypatch):
     (tmp_path / "my_optimizer.py").write_text("import torhc")
     monkeypatch.syspath_prepend(tmp_path)
-    config = composed("+optimizer.mine={_target_: my_optimizer.Mine}", "run_id=x")
+    config = composed("optimizer._target_=my_optimizer.Mine", "run_id=x")
     with pytest.raises(ErrorDuringImport, match="torhc"), UserErrors():
         check_types(config)
 

@@ -133,7 +133,7 @@ def test_the_model_of_every_experiment_is_rebuilt(experiment):
 
 
 def test_data_are_rebuilt_with_what_the_caller_replaces():
-    assert rebuild(yaml.safe_dump(small_config()), "data", workers=0).workers == 0
+    assert rebuild(yaml.safe_dump(small_config()), "data", changes={"workers": 0}).workers == 0
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ def make_config(tmp_path):
                 "data": {"name": "text", "length": 16, "cache": "${paths.cache}"},
                 "optimizer": {"lr": 0.1},
                 "schedule": {"decay": 0.3},
-                "phases": [{"steps": 3}, {"steps": 2, "micro_tokens": 16}],
+                "phases": [{"steps": 3}, {"steps": 2, "data": {"micro_tokens": 16}}],
                 "trainer": {"devices": 1, "nodes": 1, "strategy": "auto", "max_steps": 5},
                 "logger": {"offline": False, "output": "${paths.output}"},
                 "callbacks": {"checkpoints": {"output": "${paths.output}"}},
@@ -104,7 +104,7 @@ def test_auto_continues_from_last_and_keeps_metrics_up_to_its_step(make_config):
     config = make_config(run_id=run_id(make_config()))
     path = save_last(config)
     assert prepare(config) == path
-    rows = (path.parents[3] / "metrics.jsonl").read_text().splitlines()
+    rows = (path.parents[1] / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [0, 1, 2]
 
 
@@ -149,7 +149,7 @@ def test_another_model_in_the_folder_is_named_by_its_first_difference(
     config = make_config(run_id="mine")
     prepare(config)
     path = save_last(config)
-    before = {p: p.read_bytes() for p in path.parents[3].rglob("*") if p.is_file()}
+    before = {p: p.read_bytes() for p in path.parents[1].rglob("*") if p.is_file()}
     with pytest.raises(ValueError, match=difference):
         prepare(make_config(run_id="mine", **change))
     assert {p: p.read_bytes() for p in before} == before
@@ -160,7 +160,7 @@ def test_the_budget_may_change_on_a_resume(make_config):
     prepare(config)
     path = save_last(config)
     assert prepare(make_config(run_id="mine", trainer__max_steps=50)) == path
-    assert yaml.safe_load((path.parents[3] / "config.yaml").read_text())["trainer"] == {
+    assert yaml.safe_load((path.parents[1] / "config.yaml").read_text())["trainer"] == {
         "devices": 1, "nodes": 1, "strategy": "auto", "max_steps": 50,
     }  # fmt: skip
 
@@ -169,7 +169,7 @@ def test_a_phase_may_be_continued_in_other_micro_batches(make_config):
     config = make_config(run_id="mine")
     prepare(config)
     path = save_last(config)
-    phases = [{"steps": 3}, {"steps": 2, "micro_tokens": 32}]
+    phases = [{"steps": 3}, {"steps": 2, "data": {"micro_tokens": 32}}]
     assert prepare(make_config(run_id="mine", phases=phases)) == path
 
 
@@ -208,7 +208,7 @@ def test_only_the_first_process_writes(make_config, tmp_path):
         {"seed": 2},
         {"optimizer__lr": 0.2},
         {"data__length": 32},
-        {"phases": [{"steps": 3}, {"steps": 4, "micro_tokens": 16}]},
+        {"phases": [{"steps": 3}, {"steps": 4, "data": {"micro_tokens": 16}}]},
     ],
 )
 def test_a_folder_is_not_continued_as_another_experiment(make_config, change):
