@@ -67,6 +67,9 @@ class TinyModel(nn.Module):
         nats = F.cross_entropy(logits, targets.flatten(), ignore_index=-1, reduction="sum")
         return nats, (targets >= 0).sum()
 
+    def losses(self) -> dict:
+        return {}
+
     def attentions(self) -> list:
         return []
 
