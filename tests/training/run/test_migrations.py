@@ -14,6 +14,7 @@ from models.attention.bigbird import BigBirdAttention
 from models.embeddings import Embedding
 from models.heads import Head
 from models.transformer import Transformer
+from tests.support.commands import curve, place, run
 from tests.support.configs import CONF, composed
 from training.optim.optimizers import adamw, muon
 from training.run.checkpoint import model_weights, parse_config, read_checkpoint, rebuild
@@ -204,3 +205,43 @@ def test_positions_and_vectors_move_with_their_weights_and_their_moments(optimiz
     made.load_state_dict(found["optimizer_states"][0])
     for number, (name, parameter) in enumerate(model.named_parameters()):
         assert torch.all(made.state[parameter]["exp_avg"] == number), name
+
+
+SIZES = [
+    "data.length=64", "data.batch_tokens=256", "data.validation_tokens=512", "data.workers=0",
+    "model.dim=16", "model.heads=2", "model.layers=2", "trainer=cpu", "trainer.log_every=1",
+    "trainer.validate_every=null", "callbacks.samples.tokens=4", "schedule.warmup_steps=2",
+]  # fmt: skip
+COMMANDS = {
+    "bigbird": [
+        "model=bigbird", "data=pg19_sample", "data.documents=pack", "trainer.max_steps=6",
+        "model.attention.bigbird.block=8", "model.attention.bigbird.global_blocks=1",
+    ],
+    "longformer": [
+        "model=longformer", "data=sample", "optimizer=adamw", "schedule=constant",
+        "model.stack=recompute",
+        "phases=[{steps: 2, model: {attention: {longformer: {window: [8, 16]}}}}, "
+        "{steps: 4, data: {length: 128}, optimizer: {lr: 0.005}, "
+        "model: {attention: {longformer: {window: [16, 32]}}}}]",
+    ],
+}  # fmt: skip
+# What 480f83e logged in the two steps after it had read its own checkpoint, and at their end.
+LOSS_NATS = {
+    "bigbird": (5.466887474060059, 5.434260845184326),
+    "longformer": (5.459926128387451, 5.384967803955078),
+}
+VALIDATION = {"bigbird": 7.795621871948242, "longformer": 7.699099063873291}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", NAMES)
+def test_an_old_run_goes_on_as_it_would_have(name, tmp_path):
+    folder = tmp_path / "run"
+    result = run(
+        "train.py", *SIZES, *COMMANDS[name], *place(folder), f"resume={CHECKPOINTS / name}.ckpt"
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    steps = curve(folder)
+    losses = [steps[step]["train/loss_nats"] for step in (5, 6)]
+    assert losses == pytest.approx(LOSS_NATS[name], rel=1e-6)
+    assert steps[6]["val/bits_per_byte"] == pytest.approx(VALIDATION[name], rel=1e-6)
