@@ -39,7 +39,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD)
+    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
     numbers = rule_numbers(table, head, table_stride, READ)
     kv_head = head // kv_group
 
@@ -86,13 +86,10 @@ def forward_kernel(
     acc = acc / row_sum[:, None]
     lse = tl.where(seen_any, row_max * scale + tl.log2(row_sum) / LOG2_E, float("-inf"))
     lse_ptr += (batch * heads + head) * num_queries
-    if C.CUT:
-        if part >= 0:
-            number = part_number(part, work, parts)
-            store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
-            tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
-        else:
-            write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
+    if part >= 0:
+        number = part_number(part, work, parts)
+        store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
+        tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
     else:
         write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
 
