@@ -54,8 +54,8 @@ def test_what_was_tuned_is_found_again(tmp_path, monkeypatch):
 
 def test_what_an_older_version_tuned_is_passed_over(tmp_path, monkeypatch):
     monkeypatch.setenv("STRIDER_CACHE", str(tmp_path))
-    configs = dict.fromkeys(("forward", "queries", "keys"), [64, 32, 4, 2])
-    old = dict.fromkeys(("short", "long"), configs)
+    configs = {direction: [64, 32, 4, 2] for direction in ("forward", "queries", "keys")}
+    old = {"short": configs, "long": configs}
     tuning._cache_file("An Old Card").write_text(json.dumps({"bfloat16": {"64": old}}))
     tuning.tuned.cache_clear()
     assert "64" not in tuning.tuned("An Old Card").get("bfloat16", {})
