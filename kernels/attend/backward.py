@@ -115,9 +115,10 @@ def dq_kernel(
         acc = tl.dot(dscore.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     acc = acc * scale
-    if part >= 0:
-        store_part(part_ptr, part_number(part, work, parts), acc, d, BLOCK_I, C.D)
-    else:
+    if C.CUT:
+        if part >= 0:
+            store_part(part_ptr, part_number(part, work, parts), acc, d, BLOCK_I, C.D)
+    if part < 0:
         add_rows(dq, previous, acc, batch, head, i, num_queries, d, C.D)
 
 
@@ -213,11 +214,12 @@ def dkv_kernel(
             dk_acc = tl.dot(dscore.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
     dk_acc = dk_acc * scale
-    if part >= 0:
-        number = part_number(part, work, parts)
-        store_part(dk_part_ptr, number, dk_acc, d, BLOCK_J, C.D)
-        store_part(dv_part_ptr, number, dv_acc, d_value, BLOCK_J, C.DV)
-    else:
+    if C.CUT:
+        if part >= 0:
+            number = part_number(part, work, parts)
+            store_part(dk_part_ptr, number, dk_acc, d, BLOCK_J, C.D)
+            store_part(dv_part_ptr, number, dv_acc, d_value, BLOCK_J, C.DV)
+    if part < 0:
         add_rows(dk, dk_previous, dk_acc, batch, kv_head, j, num_keys, d, C.D)
         add_rows(dv, dv_previous, dv_acc, batch, kv_head, j, num_keys, d_value, C.DV)
 

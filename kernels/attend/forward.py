@@ -86,11 +86,12 @@ def forward_kernel(
     acc = acc / row_sum[:, None]
     lse = tl.where(seen_any, row_max * scale + tl.log2(row_sum) / LOG2_E, float("-inf"))
     lse_ptr += (batch * heads + head) * num_queries
-    if part >= 0:
-        number = part_number(part, work, parts)
-        store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
-        tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
-    else:
+    if C.CUT:
+        if part >= 0:
+            number = part_number(part, work, parts)
+            store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
+            tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
+    if part < 0:
         write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
 
 
