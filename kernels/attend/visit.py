@@ -141,5 +141,5 @@ def part_number(part, work, parts):
 @triton.jit
 def store_part(part_ptr, part, x, d, BLOCK: tl.constexpr, D: tl.constexpr):
     """Write the result ``x (BLOCK, D)`` of a part of a row."""
-    rows = part_ptr + (part * BLOCK + tl.arange(0, BLOCK)[:, None]) * D
+    rows = part_ptr + part * BLOCK * D + tl.arange(0, BLOCK)[:, None] * D
     tl.store(rows + d[None, :], x, mask=d[None, :] < D)
