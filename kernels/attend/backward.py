@@ -12,7 +12,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend.visit import (
-    documents_of,
     head_and_batch,
     is_whole,
     narrowed,
@@ -82,7 +81,8 @@ def dq_kernel(
         tl.store(row_stats.lse2 + row_base + i, lse, mask=i < num_queries)
     dout_tile = dout_tile.to(q_tile.dtype)
     i_position = positions_of(q_position, batch, head, i, num_queries)
-    documents = documents_of(documents, batch, num_queries)
+    if documents is not None:
+        documents += batch * num_queries
     own = own_documents(documents, i, num_queries)
     low, high = narrowed(
         lists.entries, low, high, documents, own, num_keys, k_order, BLOCK_J, C.K_ORDER
@@ -151,7 +151,8 @@ def dkv_kernel(
     k_tile = load_rows(k, batch, kv_head, j, num_keys, d, C.D)
     v_tile = load_rows(v, batch, kv_head, j, num_keys, d_value, C.DV)
     j_position = positions_of(k_position, batch, kv_head, j, num_keys)
-    documents = documents_of(documents, batch, num_queries)
+    if documents is not None:
+        documents += batch * num_queries
     own = own_documents(documents, j, num_keys)
 
     dk_acc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)

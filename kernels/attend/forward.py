@@ -4,7 +4,6 @@ import triton
 import triton.language as tl
 
 from kernels.attend.visit import (
-    documents_of,
     head_and_batch,
     is_whole,
     narrowed,
@@ -49,7 +48,8 @@ def forward_kernel(
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_tile = load_rows(q, batch, head, i, num_queries, d, C.D)
     i_position = positions_of(q_position, batch, head, i, num_queries)
-    documents = documents_of(documents, batch, num_queries)
+    if documents is not None:
+        documents += batch * num_queries
     own = own_documents(documents, i, num_queries)
     low, high = narrowed(
         lists.entries, low, high, documents, own, num_keys, k_order, BLOCK_J, C.K_ORDER

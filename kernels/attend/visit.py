@@ -70,15 +70,6 @@ def positions_of(position, batch, head, token, limit):
 
 
 @triton.jit
-def documents_of(documents, batch, length):
-    """The documents of one batch, None if there are none."""
-    if documents is None:
-        return None
-    else:
-        return documents + batch * length
-
-
-@triton.jit
 def own_documents(documents, token, limit):
     """``(document, first, last)`` of a program's own tokens; zeros if there are no documents."""
     if documents is None:
