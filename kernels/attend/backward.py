@@ -54,7 +54,7 @@ def dq_kernel(
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD)
+    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
 
@@ -114,23 +114,12 @@ def dq_kernel(
             dscore = tl.where(seen & (j < num_keys)[None, :], dscore, 0.0)
         acc = tl.dot(dscore.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
-    write_gradient(
-        dq,
-        previous,
-        part_ptr,
-        part,
-        work,
-        parts,
-        acc * scale,
-        batch,
-        head,
-        i,
-        num_queries,
-        d,
-        C.CUT,
-        BLOCK_I,
-        C.D,
-    )
+    acc = acc * scale
+    if C.CUT:
+        if part >= 0:
+            store_part(part_ptr, part_number(part, work, parts), acc, d, BLOCK_I, C.D)
+    if part < 0:
+        add_rows(dq, previous, acc, batch, head, i, num_queries, d, C.D)
 
 
 @kernel
@@ -153,7 +142,7 @@ def dkv_kernel(
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     # Rows and parts are the same for every head.
-    row, low, high, part = work_item(lists.items, item, kv_head, work, False)
+    row, low, high, part = work_item(lists.items, item, kv_head, work, False, C.CUT)
 
     residue = row // rows
     q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
@@ -173,7 +162,7 @@ def dkv_kernel(
         if sharing is not None:
             head = tl.load(sharing + tl.program_id(0) // work % launch_heads * C.SHARED + n)
         if C.PER_HEAD:
-            _, low, high, _ = work_item(lists.items, item, tl.maximum(head, 0), work, True)
+            _, low, high, _ = work_item(lists.items, item, tl.maximum(head, 0), work, True, False)
         first, last = narrowed(
             lists.entries, low, tl.where(head < 0, low, high), documents, own, num_queries,
             q_order, BLOCK_I, C.Q_ORDER)  # fmt: skip
@@ -225,40 +214,15 @@ def dkv_kernel(
                 dscore = tl.where(weight == 0.0, 0.0, dscore)
             dk_acc = tl.dot(dscore.to(q_tile.dtype), q_tile, dk_acc, input_precision="ieee")
 
-    write_gradient(
-        dk,
-        dk_previous,
-        dk_part_ptr,
-        part,
-        work,
-        parts,
-        dk_acc * scale,
-        batch,
-        kv_head,
-        j,
-        num_keys,
-        d,
-        C.CUT,
-        BLOCK_J,
-        C.D,
-    )
-    write_gradient(
-        dv,
-        dv_previous,
-        dv_part_ptr,
-        part,
-        work,
-        parts,
-        dv_acc,
-        batch,
-        kv_head,
-        j,
-        num_keys,
-        d_value,
-        C.CUT,
-        BLOCK_J,
-        C.DV,
-    )
+    dk_acc = dk_acc * scale
+    if C.CUT:
+        if part >= 0:
+            number = part_number(part, work, parts)
+            store_part(dk_part_ptr, number, dk_acc, d, BLOCK_J, C.D)
+            store_part(dv_part_ptr, number, dv_acc, d_value, BLOCK_J, C.DV)
+    if part < 0:
+        add_rows(dk, dk_previous, dk_acc, batch, kv_head, j, num_keys, d, C.D)
+        add_rows(dv, dv_previous, dv_acc, batch, kv_head, j, num_keys, d_value, C.DV)
 
 
 @triton.jit
@@ -271,19 +235,6 @@ def _stats_of_entry(row_stats, row_base, entry, num_queries, q_order, BLOCK_I: t
     i = token_of((entry >> 1) * BLOCK_I + tl.arange(0, BLOCK_I), q_order, Q_ORDER)
     lse2 = tl.load(row_stats.lse2 + row_base + i, mask=i < num_queries, other=float("inf"))
     return lse2, tl.load(row_stats.shift + row_base + i, mask=i < num_queries, other=0.0)
-
-
-@triton.jit
-def write_gradient(dx, previous, part_ptr, part, work, parts, value, batch, head, token, limit, d,
-                   CUT: tl.constexpr, BLOCK: tl.constexpr, D: tl.constexpr):  # fmt: skip
-    """Store the gradient of a tile, or of a part of its row: long rows are cut."""
-    if CUT:
-        if part >= 0:
-            store_part(part_ptr, part_number(part, work, parts), value, d, BLOCK, D)
-        else:
-            add_rows(dx, previous, value, batch, head, token, limit, d, D)
-    else:
-        add_rows(dx, previous, value, batch, head, token, limit, d, D)
 
 
 @triton.jit

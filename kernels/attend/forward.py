@@ -38,7 +38,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD)
+    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
 
@@ -91,9 +91,7 @@ def forward_kernel(
             number = part_number(part, work, parts)
             store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
             tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
-        else:
-            write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
-    else:
+    if part < 0:
         write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
 
 

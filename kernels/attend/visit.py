@@ -42,12 +42,16 @@ def head_and_batch(program, work, head_of, launch_heads):
 
 
 @triton.jit
-def work_item(items, item, head, work, PER_HEAD: tl.constexpr):
-    """``(row, low, high, part)``: a row of tiles, the entries to visit, and the result's part."""
+def work_item(items, item, head, work, PER_HEAD: tl.constexpr, CUT: tl.constexpr):
+    """``(row, low, high, part)``: a row of tiles, the entries to visit, and the result's part.
+
+    The part is -1 for a whole row, at compile time if no row is cut.
+    """
     if PER_HEAD:
         item += head * work
     items += 4 * item
-    return tl.load(items), tl.load(items + 1), tl.load(items + 2), tl.load(items + 3)
+    part = tl.load(items + 3) if CUT else -1
+    return tl.load(items), tl.load(items + 1), tl.load(items + 2), part
 
 
 @triton.jit
@@ -123,5 +127,5 @@ def part_number(part, work, parts):
 @triton.jit
 def store_part(part_ptr, part, x, d, BLOCK: tl.constexpr, D: tl.constexpr):
     """Write the result ``x (BLOCK, D)`` of a part of a row."""
-    rows = part_ptr + (part * BLOCK + tl.arange(0, BLOCK)[:, None]) * D
+    rows = part_ptr + part * BLOCK * D + tl.arange(0, BLOCK)[:, None] * D
     tl.store(rows + d[None, :], x, mask=d[None, :] < D)

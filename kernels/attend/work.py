@@ -142,7 +142,7 @@ def make_work(tiles: TileList) -> Work:
 
 @functools.lru_cache(maxsize=512)
 def work_of(
-    part: Pass, heads: int, queries: int, keys: int, tile: tuple[int, int], inverse: bool,
+    part: Pass, heads: int, num_queries: int, num_keys: int, tile: tuple[int, int], inverse: bool,
     device: torch.device,
 ) -> Work:  # fmt: skip
     """The work of one pass and direction, kept: every later call costs a look-up.
@@ -152,7 +152,7 @@ def work_of(
         tile: tokens of a tile of (queries, keys).
         inverse: rows are tiles of keys, and their lists tiles of queries.
     """
-    tiles = _tiles(part, heads, queries, keys, tile, device)
+    tiles = _tiles(part, heads, num_queries, num_keys, tile, device)
     return make_work(tiles.inverse() if inverse else tiles).trimmed().to(device)
 
 

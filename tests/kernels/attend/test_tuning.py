@@ -1,6 +1,7 @@
 """Settings of the kernels: what ships is whole, what is forced runs, what is tuned is kept."""
 
 import itertools
+import json
 
 import pytest
 import torch
@@ -48,6 +49,16 @@ def test_what_was_tuned_is_found_again(tmp_path, monkeypatch):
     tuning.tuned.cache_clear()  # as in another process
     assert tuning.tuned("A New Card")["bfloat16"]["64"]["long"]["dkv"] == [64, 32, 4, 2]
     assert [file.suffix for file in (tmp_path / "not" / "yet").iterdir()] == [".json"]
+    tuning.tuned.cache_clear()
+
+
+def test_what_an_older_version_tuned_is_passed_over(tmp_path, monkeypatch):
+    monkeypatch.setenv("STRIDER_CACHE", str(tmp_path))
+    configs = {direction: [64, 32, 4, 2] for direction in ("forward", "queries", "keys")}
+    old = {"short": configs, "long": configs}
+    tuning._cache_file("An Old Card").write_text(json.dumps({"bfloat16": {"64": old}}))
+    tuning.tuned.cache_clear()
+    assert "64" not in tuning.tuned("An Old Card").get("bfloat16", {})
     tuning.tuned.cache_clear()
 
 
