@@ -156,10 +156,11 @@ class RandomBlocks(Pattern):
     @device_function
     def rule(i, j, numbers, COUNT: tl.constexpr):
         block, size, draws = numbers
-        first, j_block = i // block * COUNT, j // block
-        seen = (i < 0) & (j < 0)
+        i_block, j_block = i // block, j // block
+        seen = (i_block < 0) & (j_block < 0)
         for n in tl.static_range(COUNT):
-            seen = seen | (tl.load(draws + first + n, mask=first < size, other=-1) == j_block)
+            drawn = tl.load(draws + i_block * COUNT + n, mask=i_block * COUNT < size, other=-1)
+            seen = seen | (drawn == j_block)
         return seen
 
     def __repr__(self) -> str:
