@@ -179,7 +179,7 @@ def test_help_is_readable():
         (["resume=/no/such.ckpt"], ["/no/such.ckpt"]),
         (["trainer.max_steps=1e3"], ["trainer.max_steps", "whole number", "1000.0"]),
         (["model.attention.bigbird.block=two"], ["bigbird.block", "whole number", "'two'"]),
-        (["model.block.dropout=null"], ["model.block.dropout", "a number", "null"]),
+        (["model.block.dropout=null"], ["dropout", "a number", "null"]),
         (
             ["model.block.feed_forward=null"],
             ["model.block.feed_forward must be a mapping, got null"],

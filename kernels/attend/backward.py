@@ -185,18 +185,8 @@ def dkv_kernel(
                 q, q_boxes, batch, head, index, q_order, i, num_queries, d, C.D, C.Q_ORDER
             )
             dout_tile = load_tile(
-                dout,
-                dout_boxes,
-                batch,
-                head,
-                index,
-                q_order,
-                i,
-                num_queries,
-                d_value,
-                C.DV,
-                C.Q_ORDER,
-            )
+                dout, dout_boxes, batch, head, index, q_order, i, num_queries, d_value, C.DV,
+                C.Q_ORDER)  # fmt: skip
             dout_tile = dout_tile.to(q_tile.dtype)
             score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # (j, i)
             weight = tl.exp2(score * (scale * LOG2_E) - lse2[None, :])
