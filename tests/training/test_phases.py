@@ -286,7 +286,7 @@ def test_the_settings_of_every_phase_are_tried_before_training():
         ("model: {dim: 64}", r"phases\[0\]: the weights of a model go on .* `embedding.weight`"),
         ("model: {block: {norm: layer}}", r"would be LayerNorm instead of RMSNorm"),
         ("model: {block: {dropout: 2}}", r"phases\[0\]: .*dropout=2"),
-        (
+        ("model: {block: {dropout: often}}", r"phases\[0\]: .*dropout must be a number, got"),
             "model: {block: {dropout: often}}",
             r"phases\[0\]: .*dropout must be a number, got .often",
         ),

@@ -25,7 +25,7 @@ from kernels.patterns import (
     window,
 )
 from kernels.patterns.algebra import Not
-from kernels.patterns.terms.random_blocks import hash_integers
+from kernels.patterns.draws import hash_integers
 
 BIGBIRD = causal() & (window(3, block=4) | global_tokens(8) | random_blocks(2, block=4))
 
