@@ -20,7 +20,8 @@ from training.config.validate import check_arguments, check_targets
 from training.model_settings import adopt_settings
 
 DEFAULT_STEPS = 10_000  # where trainer.max_steps is auto and there are no phases
-# The keys of each section that a phase may change; None: all. Weights and samples must go on.
+# The keys of each section that a phase may change; None: all, of `model` those that leave its
+# weights as they are (training/model_settings.py). Weights and samples must go on.
 MAY_CHANGE = {
     "data": ("length", "batch_tokens", "micro_tokens"), "model": None, "optimizer": None,
     "schedule": None, "trainer": ("gradient_clip",),
@@ -175,7 +176,7 @@ def _differences(before: Any, after: Any) -> Any:
 
 @contextmanager
 def _named(key: str) -> Iterator[None]:
-    """Say in which phase a mistake is: models and optimizers do not know them."""
+    """Put the phase's key before a mistake: models and optimizers do not know their phase."""
     try:
         yield
     except (ValueError, InstantiationException) as error:

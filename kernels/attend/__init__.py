@@ -78,10 +78,8 @@ def attend(
     call = Call(
         pattern, scale, out_dtype or q.dtype, documents, q_position, k_position, tiles
     )  # fmt: skip
-    if implementation == "auto" and documents is None and tiles is None:
-        same = sdpa.equal_pattern(pattern, q.shape[2])
-        if same is not None and sdpa.can_run(q, k, v, call.out_dtype):
-            return sdpa.attend(q, k, v, call._replace(pattern=same))
+    if implementation == "auto" and (by_torch := sdpa.torch_call(q, k, v, call)):
+        return sdpa.attend(q, k, v, by_torch)
     if choose(implementation, q.device, q.dtype) == "reference":
         return reference.attend(q, k, v, call)
     _check_kernel_takes(q, v, tiles)

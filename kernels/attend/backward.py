@@ -25,7 +25,7 @@ from kernels.attend.visit import (
 from kernels.common.jit import kernel
 from kernels.common.loads import load_rows, load_tile, store_rows, token_of
 from kernels.common.softmax import LOG2_E
-from kernels.patterns.rule import read_numbers
+from kernels.patterns.rule_tree import read_numbers
 
 
 class RowStats(NamedTuple):

@@ -17,7 +17,7 @@ from kernels.attend.visit import (
 from kernels.common.jit import kernel
 from kernels.common.loads import load_rows, load_tile, store_rows, token_of
 from kernels.common.softmax import LOG2_E, merge_pair, softmax_step
-from kernels.patterns.rule import read_numbers
+from kernels.patterns.rule_tree import read_numbers
 
 
 @kernel

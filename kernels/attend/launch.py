@@ -26,9 +26,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor
     for chain in chains_of(call.pattern, q.shape[1], k.shape[2], call.listed is not None):
         # What a pass hands to the next is float32; only the last one rounds.
         partial = empty_output(q, v, torch.float32) if len(chain) > 1 else None
-        for n, part in enumerate(chain):
+        for n, pass_ in enumerate(chain):
             target = out if n == len(chain) - 1 else partial
-            launch_forward(part, q, k, v, call, target, lse, partial if n else None)
+            launch_forward(pass_, q, k, v, call, target, lse, partial if n else None)
     return out, lse
 
 
@@ -39,23 +39,23 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
     dlse = dlse if dlse is None else dlse.contiguous()
     dq, dk, dv = map(empty_gradient, (q, k, v))
     chains = chains_of(call.pattern, q.shape[1], k.shape[2], call.listed is not None)
-    if not all(any(part.covers_keys for part in chain) for chain in chains):
+    if not all(any(pass_.covers_keys for pass_ in chain) for chain in chains):
         dk.zero_()  # no pass writes the keys between the columns
         dv.zero_()
     row_stats = RowStats(torch.empty_like(lse), torch.empty_like(lse))
     for chain in chains:
         partial = torch.empty_like(dq, dtype=torch.float32) if len(chain) > 1 else None
-        for n, part in enumerate(chain):
+        for n, pass_ in enumerate(chain):
             target = dq if n == len(chain) - 1 else partial
             previous = partial if n else None
-            launch_dq(part, q, k, v, call, out, dout, lse, dlse, row_stats, target, previous)
+            launch_dq(pass_, q, k, v, call, out, dout, lse, dlse, row_stats, target, previous)
     if len(chains) == 1 or q.shape[1] == k.shape[1]:
         for chain in chains:
             _chained_dkv(chain, q, k, v, call, dout, row_stats, dk, dv)
     else:  # chains share key heads: they add to one sum
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv)]
-        for part in (part for chain in chains for part in chain):
-            launch_dkv(part, q, k, v, call, dout, row_stats, *sums, sums)
+        for pass_ in (pass_ for chain in chains for pass_ in chain):
+            launch_dkv(pass_, q, k, v, call, dout, row_stats, *sums, sums)
         dk.copy_(sums[0])
         dv.copy_(sums[1])
     return dq, dk, dv
@@ -63,23 +63,23 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
 
 def _chained_dkv(chain: tuple[Pass, ...], q, k, v, call, dout, row_stats, dk, dv) -> None:
     """Gradients of the keys of one chain; the last pass covers all keys, and rounds."""
-    parts = sorted(chain, key=lambda part: part.covers_keys)
+    passes = sorted(chain, key=lambda pass_: pass_.covers_keys)
     sums = previous = None
-    if len(parts) > 1:
-        make = torch.empty_like if parts[0].covers_keys else torch.zeros_like
+    if len(passes) > 1:
+        make = torch.empty_like if passes[0].covers_keys else torch.zeros_like
         sums = [make(x, dtype=torch.float32) for x in (dk, dv)]
-        previous = None if parts[0].covers_keys else sums
-    for part in parts[:-1]:
-        launch_dkv(part, q, k, v, call, dout, row_stats, *sums, previous)
+        previous = None if passes[0].covers_keys else sums
+    for pass_ in passes[:-1]:
+        launch_dkv(pass_, q, k, v, call, dout, row_stats, *sums, previous)
         previous = sums
-    launch_dkv(parts[-1], q, k, v, call, dout, row_stats, dk, dv, previous)
+    launch_dkv(passes[-1], q, k, v, call, dout, row_stats, dk, dv, previous)
 
 
-def launch_forward(part: Pass, q, k, v, call: Call, out, lse, previous: Tensor | None) -> None:
+def launch_forward(pass_: Pass, q, k, v, call: Call, out, lse, previous: Tensor | None) -> None:
     """Attend, merged with ``previous`` and what ``lse`` holds if there is a pass before."""
-    setup = setup_of(part, "forward", q, k, v, call)
+    setup = setup_of(pass_, "forward", q, k, v, call)
     C, programs = setup.constants, len(q) * setup.launch_heads
-    boxes = boxes_of(part.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
+    boxes = boxes_of(pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
     part_out = _empty_parts(setup, q, C.BLOCK_I, C.DV)
     part_lse = _empty_parts(setup, q, C.BLOCK_I, 1)
     out, previous = view_of(out), view_of(previous)
@@ -91,18 +91,18 @@ def launch_forward(part: Pass, q, k, v, call: Call, out, lse, previous: Tensor |
         chunks = setup.work.cuts * C.BLOCK_I // MERGED_ROWS
         merge_parts_kernel[(chunks * programs,)](
             out, lse, previous, part_out, part_lse, setup.work.cut, setup.lists.head_of,
-            q.shape[1], *_counts_of_parts(setup, q), 1, part.q_order.step, 0,
+            q.shape[1], *_counts_of_parts(setup, q), 1, pass_.q_order.step, 0,
             C.Q_ORDER, C.BLOCK_I, C.DV, C.BLOCK_DV, MERGED_ROWS, MERGED_PARTS,
         )  # fmt: skip
 
 
 def launch_dq(
-    part: Pass, q, k, v, call: Call, out, dout, lse, dlse, row_stats, dq, previous: Tensor | None
+    pass_: Pass, q, k, v, call: Call, out, dout, lse, dlse, row_stats, dq, previous: Tensor | None
 ) -> None:  # fmt: skip
     """Gradient of the queries, added to ``previous``; the first pass fills ``row_stats``."""
-    setup = setup_of(part, "dq", q, k, v, call)
+    setup = setup_of(pass_, "dq", q, k, v, call)
     C, programs = setup.constants, len(q) * setup.launch_heads
-    boxes = boxes_of(part.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
+    boxes = boxes_of(pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
     part_dq = _empty_parts(setup, q, C.BLOCK_I, C.D)
     dq, previous = view_of(dq), view_of(previous)
     dq_kernel[(len(setup.work) * programs,)](
@@ -110,17 +110,17 @@ def launch_dq(
         row_stats, dq, previous, part_dq, *_shared(setup, call, q, k), **setup.compiled,
     )  # fmt: skip
     if C.CUT:
-        order = 1, part.q_order.step, 0, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
+        order = 1, pass_.q_order.step, 0, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
         _sum_parts(setup, q, dq, previous, part_dq, *order)
 
 
 def launch_dkv(
-    part: Pass, q, k, v, call: Call, dout, row_stats, dk, dv, previous: list[Tensor] | None
+    pass_: Pass, q, k, v, call: Call, dout, row_stats, dk, dv, previous: list[Tensor] | None
 ) -> None:  # fmt: skip
     """Gradients of keys and values, added to ``previous``, a pair."""
-    setup = setup_of(part, "dkv", q, k, v, call)
-    C, order = setup.constants, part.k_order
-    boxes = boxes_of(part.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
+    setup = setup_of(pass_, "dkv", q, k, v, call)
+    C, order = setup.constants, pass_.k_order
+    boxes = boxes_of(pass_.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
     part_dk = _empty_parts(setup, q, C.BLOCK_J, C.D)
     part_dv = _empty_parts(setup, q, C.BLOCK_J, C.DV)
     dk, dv = view_of(dk), view_of(dv)

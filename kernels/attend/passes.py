@@ -52,7 +52,7 @@ def chains(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
 
 
 @functools.lru_cache(maxsize=512)
-def whole(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
+def in_one_pass(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
     """The pattern in one pass, for callers that bring a tile list of their own."""
     return ((Pass(pattern.bound(), tuple(range(heads))),),)
 

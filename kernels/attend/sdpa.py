@@ -1,4 +1,7 @@
-"""Where a pattern hides nothing, or only the future: torch's own kernel, which is faster there."""
+"""When attention runs on torch's own kernel, which is faster where only the future is hidden.
+
+`models/attention/dense.py` calls torch itself, on a CPU as well.
+"""
 
 import functools
 
@@ -10,7 +13,17 @@ from kernels.attend.call import Call
 from kernels.patterns import causal, full
 from kernels.patterns.algebra import Pattern
 
-LARGEST_HEAD = 128  # of cuDNN's kernels
+CUDNN_LARGEST_HEAD = 128
+
+
+def torch_call(q: Tensor, k: Tensor, v: Tensor, call: Call) -> Call | None:
+    """The call with ``causal()`` or ``full()`` for its pattern, if torch's kernel computes it."""
+    if call.documents is not None or call.tiles is not None:
+        return None
+    same = equal_pattern(call.pattern, q.shape[2])
+    if same is None or not can_run(q, k, v, call.out_dtype):
+        return None
+    return call._replace(pattern=same)
 
 
 def equal_pattern(pattern: Pattern, length: int) -> Pattern | None:
@@ -31,7 +44,7 @@ def can_run(q: Tensor, k: Tensor, v: Tensor, out_dtype: torch.dtype) -> bool:
         and out_dtype == q.dtype
         and q.shape == k.shape == v.shape
         and size % 8 == 0
-        and size <= LARGEST_HEAD
+        and size <= CUDNN_LARGEST_HEAD
     )
 
 

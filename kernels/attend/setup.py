@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kernels.attend.call import Call
-from kernels.attend.passes import Pass, chains, whole
+from kernels.attend.passes import Pass, chains, in_one_pass
 from kernels.attend.tuning import LONG, Config, config_for, forced_now
 from kernels.attend.visit import Lists
 from kernels.attend.work import Work, rule_and_table, work_of
@@ -89,14 +89,14 @@ def chains_of(
 
     Where that leaves a chain without passes, one that shows nothing writes its results.
     """
-    split = whole if is_listed else chains
+    split = in_one_pass if is_listed else chains
     return [
         tuple(p for p in chain if p.k_order.longest(num_keys)) or (Pass(Nothing(), chain[0].heads),)
         for chain in split(pattern, heads)
     ]
 
 
-def setup_of(part: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Setup:
+def setup_of(pass_: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Setup:
     """The setup of one pass.
 
     Args:
@@ -104,53 +104,53 @@ def setup_of(part: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call: 
     """
     sizes = Sizes(q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
     if call.listed is None:
-        return _planned(part, direction, sizes, q.dtype, q.device, forced_now())
+        return _planned(pass_, direction, sizes, q.dtype, q.device, forced_now())
     listed = call.listed
     area = listed.tile[0] * listed.tile[1]
     config = Config(*listed.tile, 8 if area >= 128 * 128 else 4, 2)
     work = listed.columns if direction == "dkv" else listed.rows
-    return _make_setup(part, direction, sizes, q.device, config, work)
+    return _make_setup(pass_, direction, sizes, q.device, config, work)
 
 
 @functools.lru_cache(maxsize=1024)
 def _planned(
-    part: Pass, direction: str, sizes: Sizes, dtype: torch.dtype, device: torch.device,
+    pass_: Pass, direction: str, sizes: Sizes, dtype: torch.dtype, device: torch.device,
     _forced: tuple,
 ) -> Setup:  # fmt: skip
     # What is forced is asked for below by `config_for`; as an argument it keeps setups apart.
     heads, _, num_queries, num_keys, D, DV = sizes
     kind = direction, max(D, DV), dtype, device
-    lengths = part.q_order.longest(num_queries), part.k_order.longest(num_keys)
+    lengths = pass_.q_order.longest(num_queries), pass_.k_order.longest(num_keys)
     inverse = direction == "dkv"
     config = config_for(*kind).fit(*lengths)
-    work = work_of(part, heads, num_queries, num_keys, config.tile, inverse, device)
+    work = work_of(pass_, heads, num_queries, num_keys, config.tile, inverse, device)
     if work.mean_tiles * config.tile[not inverse] >= LONG:
         config = config_for(*kind, "long").fit(*lengths)
-        work = work_of(part, heads, num_queries, num_keys, config.tile, inverse, device)
-    return _make_setup(part, direction, sizes, device, config, work)
+        work = work_of(pass_, heads, num_queries, num_keys, config.tile, inverse, device)
+    return _make_setup(pass_, direction, sizes, device, config, work)
 
 
 def _make_setup(
-    part: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config, work: Work
+    pass_: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config, work: Work
 ) -> Setup:  # fmt: skip
     heads, kv_heads, num_queries, num_keys, D, DV = sizes
     kv_group = heads // kv_heads
-    rule, table = rule_and_table(part, heads, max(num_queries, num_keys), device)
-    sharing, launched, everyone = None, part.heads, tuple(range(heads))
+    rule, table = rule_and_table(pass_, heads, max(num_queries, num_keys), device)
+    sharing, launched, everyone = None, pass_.heads, tuple(range(heads))
     if direction == "dkv":
-        sharing = _sharing(part.heads, kv_group, device)
-        launched = tuple(sorted({head // kv_group for head in part.heads}))
+        sharing = _sharing(pass_.heads, kv_group, device)
+        launched = tuple(sorted({head // kv_group for head in pass_.heads}))
         everyone = everyone[:kv_heads]
     head_of = None if launched == everyone else _numbers(launched, device)
-    order = part.k_order
+    order = pass_.k_order
     counts = (
         table.stride(0) if len(table) > 1 else 0, kv_group, heads, len(launched), len(work),
-        work.parts, work.rows, num_queries, num_keys, part.q_order.step,
+        work.parts, work.rows, num_queries, num_keys, pass_.q_order.step,
         order.run, order.step, order.first,
     )  # fmt: skip
     constants = Constants(
-        Q_ORDER=_kind(part.q_order),
-        K_ORDER=_kind(part.k_order),
+        Q_ORDER=_kind(pass_.q_order),
+        K_ORDER=_kind(pass_.k_order),
         BLOCK_I=config.queries,
         BLOCK_J=config.keys,
         D=D,

@@ -10,7 +10,7 @@ from kernels.patterns import causal, global_tokens, window
 # Full tiles, cut tiles, a ragged end, and rows long enough to be split.
 PATTERN = causal() & (window(150) | global_tokens(3))
 LENGTH = 1100
-SHORT_LENGTH, LONG_LENGTH = 65_536, 16_384  # tokens that are timed, of 16 heads of up to 64
+TOKENS = {"short": 65_536, "long": 16_384}  # timed, of 16 heads of up to 64, by kind of rows
 
 
 def is_right(head_size: int, dtype: torch.dtype, device: torch.device) -> bool:
@@ -53,7 +53,7 @@ def milliseconds(
     The patterns have the structure of the one that is checked, so that nothing more is compiled,
     and the shapes keep the card busy for longer than the host needs to start a kernel.
     """
-    length = (SHORT_LENGTH if rows == "short" else LONG_LENGTH) * 64 // max(head_size, 64)
+    length = TOKENS[rows] * 64 // max(head_size, 64)
     q, k, v, dout = _inputs(16, length, head_size, dtype, device)
     pattern = causal() & (window(512 if rows == "short" else length) | global_tokens(3))
     if direction == "forward":

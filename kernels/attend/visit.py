@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.documents import document_range, entries_of_documents, is_of_document
-from kernels.patterns.rule import is_visible
+from kernels.patterns.rule_tree import is_visible
 
 
 class Lists(NamedTuple):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels.attend.passes import Pass
-from kernels.patterns.rule import Rule, rule_of, table_of
+from kernels.patterns.rule_tree import Rule, rule_of, table_of
 from kernels.patterns.tiles import TileList, list_tiles
 
 # A row is cut into parts of so many mean rows, but of no fewer tiles than this.
@@ -20,8 +20,8 @@ class Work:
     """A tile list as a kernel reads it: items for its programs, and the entries that they visit.
 
     Args:
-        items: ``(heads or 1, work, 4)`` int32: row, first and last entry, and the part that the
-            result is (-1 for a whole row). Rows and parts are the same in every head.
+        items: ``(heads or 1, work, 4)`` int32: row, first entry and one past the last, and the part
+            that the result is (-1 for a whole row). Rows and parts are the same in every head.
         cut: ``(cut rows, 3)`` int32: row, first part, parts; no parts where it is filled up.
         entries: tile number times two, plus one if the whole tile is visible, int32; one more at
             the end, because kernels read an entry ahead.
@@ -131,8 +131,8 @@ def make_work(tiles: TileList) -> Work:
     part = torch.where(exists, part, most_cuts + extra)
     low = start[:, row] + count[:, row] * number // parts
     high = torch.where(exists, start[:, row] + count[:, row] * (number + 1) // parts, low)
-    shared = (x.expand(heads, -1) for x in (row, part))
-    items = torch.stack((next(shared), low, high, next(shared)), dim=2)
+    row, part = (x.expand(heads, -1) for x in (row, part))
+    items = torch.stack((row, low, high, part), dim=2)
     entries = torch.nn.functional.pad(tiles.keys * 2 + tiles.full, (0, 1))
     return Work(
         items.int(), cut.int(), entries.int(),
@@ -142,7 +142,7 @@ def make_work(tiles: TileList) -> Work:
 
 @functools.lru_cache(maxsize=512)
 def work_of(
-    part: Pass, heads: int, num_queries: int, num_keys: int, tile: tuple[int, int], inverse: bool,
+    pass_: Pass, heads: int, num_queries: int, num_keys: int, tile: tuple[int, int], inverse: bool,
     device: torch.device,
 ) -> Work:  # fmt: skip
     """The work of one pass and direction, kept: every later call costs a look-up.
@@ -152,22 +152,22 @@ def work_of(
         tile: tokens of a tile of (queries, keys).
         inverse: rows are tiles of keys, and their lists tiles of queries.
     """
-    tiles = _tiles(part, heads, num_queries, num_keys, tile, device)
+    tiles = _tiles(pass_, heads, num_queries, num_keys, tile, device)
     return make_work(tiles.inverse() if inverse else tiles).trimmed().to(device)
 
 
 @functools.lru_cache(maxsize=64)
-def _tiles(part, heads, queries, keys, tile, device) -> TileList:
+def _tiles(pass_, heads, queries, keys, tile, device) -> TileList:
     small = max(queries // tile[0], keys // tile[1]) <= ROWS_ON_CPU
     where = torch.device("cpu") if small else device
-    residues = part.q_order.residues
-    orders = part.q_order, part.k_order
-    if residues > 1 and part.pattern.knows_distance_only:
+    residues = pass_.q_order.residues
+    orders = pass_.q_order, pass_.k_order
+    if residues > 1 and pass_.pattern.knows_distance_only:
         # The same list in every residue; residue 0 has the most tokens.
         orders = tuple(replace(order, residues=1) for order in orders)
-        one = list_tiles(part.pattern, *orders, queries, keys, tile, heads, where)
+        one = list_tiles(pass_.pattern, *orders, queries, keys, tile, heads, where)
         return _repeat(one, residues)
-    return list_tiles(part.pattern, *orders, queries, keys, tile, heads, where)
+    return list_tiles(pass_.pattern, *orders, queries, keys, tile, heads, where)
 
 
 def _repeat(tiles: TileList, residues: int) -> TileList:
@@ -182,7 +182,7 @@ def _repeat(tiles: TileList, residues: int) -> TileList:
 
 @functools.lru_cache(maxsize=512)
 def rule_and_table(
-    part: Pass, heads: int, length: int, device: torch.device
+    pass_: Pass, heads: int, length: int, device: torch.device
 ) -> tuple[Rule, Tensor]:
     """What a kernel needs to decide the cells of a partial tile."""
-    return rule_of(part.pattern), table_of(part.pattern, length, heads, device)
+    return rule_of(pass_.pattern), table_of(pass_.pattern, length, heads, device)

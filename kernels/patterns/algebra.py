@@ -1,4 +1,7 @@
-"""Patterns and how they combine: ``&``, ``|`` and ``~``."""
+"""Patterns and how they combine: ``&`` and ``|``.
+
+`Not` and `Nothing` are for passes and draws; they have no text that `parse` reads.
+"""
 
 import functools
 import itertools
@@ -79,7 +82,7 @@ class Pattern:
         Raises:
             ValueError: if a size is not positive.
         """
-        from kernels.patterns.tiles import list_tiles  # which lists tiles of patterns
+        from kernels.patterns.tiles import list_tiles  # imports this module
 
         sides = (tile, tile) if isinstance(tile, int) else tuple(tile)
         keys = length if keys is None else keys
@@ -91,7 +94,7 @@ class Pattern:
 
         Counted exactly, in time in proportion to the live tiles and little memory.
         """
-        from kernels.patterns.tiles import count_cells  # which counts cells of patterns
+        from kernels.patterns.tiles import count_cells  # imports this module
 
         heads = heads if self.differs_by_head else 1
         return count_cells(self, length, heads) / (length * heads)
@@ -123,7 +126,7 @@ class Pattern:
         A bound term keeps its surroundings wherever it is put, so that an expression can be taken
         apart and each part still shows what it showed in the whole.
         """
-        from kernels.patterns.terms.random_blocks import bind  # a term, and terms need patterns
+        from kernels.patterns.terms.random_blocks import bind  # imports this module
 
         return bind(self)
 
@@ -218,7 +221,7 @@ class Pattern:
 
 @dataclass(frozen=True, repr=False)
 class Nothing(Pattern):
-    """No cell at all: stands for a random term that another random term looks at."""
+    """No cell at all: what is left of a pattern where nothing is."""
 
     is_causal = knows_distance_only = True
 

@@ -2,7 +2,7 @@
 
 A box is all cells (i, j) of some neighbouring queries and some neighbouring keys. A term says of
 boxes, by formula, what it knows (`Known`); ``&``, ``|`` and ``~`` combine that. This is how lists
-of tiles are found: see `kernels.patterns.descent`.
+of tiles are found: see `kernels.patterns.find_tiles`.
 """
 
 import math

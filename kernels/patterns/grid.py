@@ -107,8 +107,8 @@ class Grid:
         last = ((number + 1) * side).clamp(max=order.count(residue, length)) - 1
         return order.position(residue, number * side), order.position(residue, last)
 
-    def parts(self, place: Tensor, side: int) -> Tensor:
-        """The boxes of half the side in boxes at ``place (3, N)``; those without tokens are not."""
+    def quarters(self, place: Tensor, side: int) -> Tensor:
+        """The quarters of boxes at ``place (3, N)``, without those that hold no token."""
         step = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]], device=self.device)
         twice = torch.tensor([[1], [2], [2]], device=self.device)
         place = ((place * twice)[:, :, None] + step[:, None]).flatten(1)

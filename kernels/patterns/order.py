@@ -1,4 +1,9 @@
-"""Storage orders: in which order a pass over a pattern keeps the tokens of the sequence."""
+"""Storage orders: in which order a pass over a pattern takes the tokens, which stay where they are.
+
+Each term says in which order it is dense (`Pattern.order`): `strided` and `dilated` among the
+tokens of a residue class, `summary` (and so `fixed`) among the gathered summary cells, and all
+others in the sequence itself. `kernels/attend/passes.py` cuts a pattern accordingly.
+"""
 
 from dataclasses import dataclass
 

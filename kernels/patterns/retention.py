@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from kernels.patterns.algebra import Pattern
+from kernels.patterns.find_tiles import CELLS
 from kernels.patterns.tiles import last_visitor
 
 _QUERIES = 256  # of a tile, one key wide: few tiles a key, and few cells in the last one
-_CELLS = 2**18  # looked at at once: 1 MiB for each int32 temporary, which stays in a CPU's cache
 _GPU_CELLS = 2**20  # the same on a GPU, where launches count for more
 
 
@@ -21,8 +21,8 @@ class CachePlan:
 
     A key is kept from its own query to the last one that sees it; then its slot is free. Hence
     ``causal() & window(w)`` is a ring of ``w`` slots. ``causal() & fixed(l, c)`` keeps the query's
-    block and ``c`` keys of each block before it: ``l + c n / l`` at the end of the block that
-    follows ``n`` tokens, and so ``c`` less among ``n`` tokens in all.
+    block and ``c`` keys of each block before it: a sequence of ``n`` tokens needs
+    ``l + c (n / l - 1)`` slots.
 
     Args:
         pattern: which keys are visible.
@@ -50,9 +50,9 @@ class CachePlan:
         numbers = torch.arange(heads)[:, None] if self.pattern.differs_by_head else 0
         head, slot = torch.arange(heads, device=device), self.slot.T.contiguous().to(device)
         position = torch.full((heads, slots), -1, device=device)  # of the key in each slot
-        held, key = (x.to(device) for x in self.held(tokens))
-        position[held, slot[key, held]] = key
-        cells = _CELLS if head.device.type == "cpu" else _GPU_CELLS
+        of_head, key = (x.to(device) for x in self.held(tokens))
+        position[of_head, slot[key, of_head]] = key
+        cells = CELLS if head.device.type == "cpu" else _GPU_CELLS
         ahead = max(1, cells // (heads * slots))  # queries at once: few operations a token
         for first in range(tokens, length, ahead):
             i = torch.arange(first, min(first + ahead, length), device=device)
@@ -99,7 +99,7 @@ def last_queries(pattern: Pattern, heads: int, length: int) -> Tensor:
 def _last_queries(pattern: Pattern, head: int, length: int) -> Tensor:
     tile = last_visitor(pattern, head, length, _QUERIES)
     last = []
-    for j in torch.arange(length)[:, None].split(_CELLS // _QUERIES):
+    for j in torch.arange(length)[:, None].split(CELLS // _QUERIES):
         i = tile[j] * _QUERIES + torch.arange(_QUERIES)
         exists = (i >= 0) & (i < length)
         seen = pattern.visible(i.clamp(0, length - 1), j, head, length=length) & exists

@@ -1,11 +1,11 @@
-"""Which tiles of keys each tile of queries visits, as a compressed list."""
+"""The list of tiles that kernels visit, in compressed rows; `find_tiles.py` finds them."""
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from kernels.patterns.descent import find, look
+from kernels.patterns.find_tiles import find, look
 from kernels.patterns.grid import Grid
 from kernels.patterns.order import SEQUENCE, Order
 

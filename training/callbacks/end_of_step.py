@@ -16,9 +16,10 @@ from training.run.progress import Budget
 class EndOfStep(L.Callback):
     """After the last micro-batch of a step: budget -> validate -> stop -> save -> next phase.
 
-    The budget comes first, because the last step is validated; a signal is agreed on after that, so
-    that a validation is not repeated when the run is continued; what is saved knows of both; and a
-    phase begins last, because what is validated and saved at its border belongs to the one before.
+    The budget comes first, because the last step is validated. A validation also writes `best.ckpt`
+    and `last.ckpt` (`Checkpoints`). A signal is agreed on after it, so that a run that is continued
+    does not repeat it. Then `last.ckpt` is saved if it is due and was not saved yet. A phase begins
+    last: what is validated and saved at its border belongs to the phase before.
 
     The callbacks that are named here have state and other hooks of their own, and stand beside this
     one among the trainer's; the order in which a user lists them does not count.

@@ -12,10 +12,10 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.interpreter import device_function
-from kernels.patterns.algebra import And, Not, Nothing, Pattern
+from kernels.patterns.algebra import And, Not, Nothing, Or, Pattern
 from kernels.patterns.bounds import Box, Known
-from kernels.patterns.descent import descend, settle
 from kernels.patterns.draws import draw_blocks
+from kernels.patterns.find_tiles import descend, settle
 from kernels.patterns.grid import Grid
 from kernels.patterns.order import SEQUENCE
 from kernels.patterns.parsing import at_least, constructor
@@ -180,7 +180,7 @@ def bind(pattern: Pattern, surroundings: Surroundings = NO_SURROUNDINGS) -> Patt
         case _ if not pattern.operands:
             return pattern
     kind = type(pattern)
-    if not hasattr(kind, "join"):  # alternatives of heads, or a complement: nothing is added
+    if not isinstance(pattern, And | Or):  # alternatives of heads, or a complement
         return pattern._map(lambda operand: bind(operand, surroundings))
     bound = []
     for n, operand in enumerate(pattern.operands):

@@ -1,10 +1,11 @@
-"""The rule of a pattern inside a kernel: what is compiled, and the numbers that it reads.
+"""How a kernel walks through a pattern: the tree of its terms' rules, and the numbers they read.
 
 Only the *structure* of an expression is compiled: ``causal() & window(512)`` and
 ``causal() & window(64)`` share one kernel, since a window's size is read from a table, by head. A
 kernel takes the structure as one constant, ``RULE``: a tree of `Rule` whose leaves hold the Triton
-functions of the terms. Two functions walk through it while the kernel is compiled:
-``numbers = read_numbers(at, RULE)``, once a program, and ``is_visible(i, j, numbers, RULE)``.
+functions of the terms, which are in the files of ``terms/``. Two functions walk through the tree
+while the kernel is compiled: ``numbers = read_numbers(at, RULE)``, once a program, and
+``is_visible(i, j, numbers, RULE)``.
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Which tiles of a grid hold a visible cell, found from large boxes of tiles down to single ones.
+"""Which tiles of keys a tile of queries visits: found from large boxes down to single tiles.
 
 A few large boxes cover the grid. Of each the pattern says, by formula, what is certain: if nothing
 is visible the box is dropped, if everything is it is kept whole, and else it is cut into four,
@@ -17,7 +17,7 @@ from kernels.patterns.bounds import Box, Known
 from kernels.patterns.grid import Grid
 from kernels.patterns.runs import Runs
 
-_CELLS = 2**18  # looked at at once: 1 MiB for each int32 temporary, which stays in a CPU's cache
+CELLS = 2**18  # looked at at once: 1 MiB for each int32 temporary, which stays in a CPU's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,7 +69,7 @@ def descend(grid: Grid, known: Callable[[Box], Known]) -> Found:
         place = place[:, rest]
         if side == 1:
             return Found(grid, whole, place, about.some[rest])
-        place, side = grid.parts(place, side), side // 2
+        place, side = grid.quarters(place, side), side // 2
 
 
 def _neighbours(place: Tensor) -> tuple[Tensor, Tensor]:
@@ -120,7 +120,7 @@ def look(pattern, grid: Grid, place: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """
     index = [torch.arange(size, device=grid.device) for size in grid.tile]
     heads = torch.tensor(grid.heads, device=grid.device)
-    for part in place.split(max(1, _CELLS // (grid.tile[0] * grid.tile[1])), dim=1):
+    for part in place.split(max(1, CELLS // (grid.tile[0] * grid.tile[1])), dim=1):
         if not part.numel():
             return
         plane, row, column = part[:, :, None]
