@@ -87,19 +87,31 @@ def find(pattern, grid: Grid) -> Runs:
     scattered = pattern._scattered(grid)
     if scattered is None:
         found = descend(grid, pattern._known)
-        return found.runs(*_settled(pattern, grid, found.single, found.sure))
+        never = torch.zeros_like(found.sure)
+        return found.runs(*decide(pattern, grid, found.single, found.sure, never, never))
     # Random blocks would keep nearly every large box from being dropped. Outside of the tiles that
     # they touch, the pattern is what it is without them; those tiles are asked one by one.
     number, rest = scattered
     place, columns = grid.place(number), grid.columns
     runs = _of_all_heads(rest, grid).without(number, columns)
     about = pattern._known(grid.box(place, 1))
-    some, every = _settled(pattern, grid, place, about.some | about.none)
-    live = torch.where(about.none, False, some)
-    full = (every | about.every)[live]
+    live, full = decide(pattern, grid, place, about.some, about.every, about.none)
     plane, row, column = place[:, live]
-    touched = Runs(plane * grid.rows + row, column, torch.ones_like(row), full)
+    touched = Runs(plane * grid.rows + row, column, torch.ones_like(row), full[live])
     return Runs.joined([runs, touched], columns)
+
+
+def decide(
+    pattern, grid: Grid, place: Tensor, some: Tensor, every: Tensor, none: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Whether tiles at ``place (3, N)`` are live, and full, given what is certain, ``(N,)`` each.
+
+    What no formula decides is looked at.
+    """
+    live, full = some.clone(), every.clone()
+    doubtful = (~(some | none)).nonzero()[:, 0]
+    live[doubtful], full[doubtful] = look_whether(pattern, grid, place[:, doubtful])
+    return live, full
 
 
 def _of_all_heads(pattern, grid: Grid) -> Runs:
@@ -137,7 +149,7 @@ def look(pattern, grid: Grid, place: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         yield pattern._visible(i, j, head, length).expand_as(exists), exists
 
 
-def settle(pattern, grid: Grid, place: Tensor) -> tuple[Tensor, Tensor]:
+def look_whether(pattern, grid: Grid, place: Tensor) -> tuple[Tensor, Tensor]:
     """Whether some cell, and whether every cell of tiles at ``place (3, N)`` is visible."""
     some = [torch.zeros(0, dtype=torch.bool, device=grid.device)]
     every = list(some)
@@ -145,11 +157,3 @@ def settle(pattern, grid: Grid, place: Tensor) -> tuple[Tensor, Tensor]:
         some.append((seen & exists).flatten(1).any(dim=1))
         every.append((seen | ~exists).flatten(1).all(dim=1))
     return torch.cat(some), torch.cat(every)
-
-
-def _settled(pattern, grid: Grid, place: Tensor, sure: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether tiles at ``place (3, N)`` are live, and full; what is not sure is looked at."""
-    doubtful = (~sure).nonzero()[:, 0]
-    live, full = sure.clone(), torch.zeros_like(sure)
-    live[doubtful], full[doubtful] = settle(pattern, grid, place[:, doubtful])
-    return live, full

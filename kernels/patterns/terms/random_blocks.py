@@ -15,7 +15,7 @@ from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import And, Not, Nothing, Or, Pattern
 from kernels.patterns.bounds import Box, Known
 from kernels.patterns.draws import draw_blocks
-from kernels.patterns.find_tiles import descend, settle
+from kernels.patterns.find_tiles import descend, look_whether
 from kernels.patterns.grid import Grid
 from kernels.patterns.order import SEQUENCE
 from kernels.patterns.parsing import at_least, constructor
@@ -234,7 +234,8 @@ def _candidates(surroundings: Surroundings, block: int, blocks: int, device: str
     found = descend(grid, known)
     live, doubtful = found.sure.clone(), (~found.sure).nonzero()[:, 0]
     place = found.single[:, doubtful]
-    live[doubtful] = settle(around, grid, place)[0] & ~settle(taken, grid, place)[0]
+    seen = look_whether(around, grid, place)[0], look_whether(taken, grid, place)[0]
+    live[doubtful] = seen[0] & ~seen[1]
     return found.runs(live, live)
 
 
