@@ -44,4 +44,4 @@ def _parts(model: nn.Module) -> dict[str, str]:
     """Each module by its class, each parameter and buffer by its shape."""
     modules = {name: type(module).__name__ for name, module in model.named_modules()}
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return modules | {name: f"of shape {tuple(tensor.shape)}" for name, tensor in tensors}
+    return modules | {name: str(tuple(tensor.shape)) for name, tensor in tensors}

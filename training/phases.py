@@ -15,7 +15,7 @@ from torch import nn
 
 from data.batches.batching import Batching
 from training.config.messages import one_sentence
-from training.config.moved import OLD_PHASE_KEYS
+from training.config.moved import OLD_PHASE_KEYS, moved_key
 from training.config.validate import check_arguments, check_targets
 from training.model_settings import adopt_settings
 
@@ -121,7 +121,7 @@ def _read_phase(key: str, first_step: int, given: Any, config: DictConfig) -> Ph
     _check_keys(key, given, config)
     merged = OmegaConf.merge(config, given)
     clip = merged.trainer.gradient_clip
-    if clip is not None and not (isinstance(clip, int | float) and 0 < clip < math.inf):
+    if clip is not None and not (type(clip) in (int, float) and 0 < clip < math.inf):
         raise ValueError(f"{key}.trainer.gradient_clip must be positive or null, got {clip!r}.")
     changes = _differences(_sections(config), _sections(merged))
     return Phase(key, _batching(f"{key}.data", first_step, merged), steps, changes, merged)
@@ -138,11 +138,13 @@ def _check_keys(key: str, given: dict[str, Any], config: DictConfig) -> None:
         if section not in MAY_CHANGE:
             raise ValueError(f"{key}.{section} cannot change in a run; phases change {CHANGEABLE}.")
         if not isinstance(values, dict):
-            raise ValueError(f"{key}.{section} must be a mapping, got {values!r}.")
+            given = "null" if values is None else repr(values)
+            raise ValueError(f"{key}.{section} must be a mapping, got {given}.")
         _require_known(f"{key}.{section}", values, config[section])
         allowed = MAY_CHANGE[section] or values
         for name in values:
-            if name.startswith("_") or name not in allowed:
+            fixed = name.startswith("_") or (section, name) == ("model", "stack")
+            if fixed or name not in allowed:
                 raise ValueError(
                     f"{key}.{section}.{name} cannot change in a run; phases change {CHANGEABLE}."
                 )
@@ -152,6 +154,8 @@ def _require_known(key: str, given: Mapping[str, Any], known: DictConfig) -> Non
     """Refuse a key that the run does not have, and would not read."""
     for name, value in given.items():
         if name not in known:
+            if now := moved_key(f"{key}.{name}".partition(".")[2]):
+                raise ValueError(f"{key}.{name} has moved; write {now} instead.")
             close = difflib.get_close_matches(name, list(known), n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(known)}."
             raise ValueError(f"{key} has no key `{name}`; {hint}")

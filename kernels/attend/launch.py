@@ -39,9 +39,6 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
     dlse = dlse if dlse is None else dlse.contiguous()
     dq, dk, dv = map(empty_gradient, (q, k, v))
     chains = chains_of(call.pattern, q.shape[1], k.shape[2], call.listed is not None)
-    if not all(any(pass_.covers_keys for pass_ in chain) for chain in chains):
-        dk.zero_()  # no pass writes the keys between the columns
-        dv.zero_()
     row_stats = RowStats(torch.empty_like(lse), torch.empty_like(lse))
     for chain in chains:
         partial = torch.empty_like(dq, dtype=torch.float32) if len(chain) > 1 else None
@@ -49,10 +46,11 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
             target = dq if n == len(chain) - 1 else partial
             previous = partial if n else None
             launch_dq(pass_, q, k, v, call, out, dout, lse, dlse, row_stats, target, previous)
-    if len(chains) == 1 or q.shape[1] == k.shape[1]:
+    covered = all(any(pass_.covers_keys for pass_ in chain) for chain in chains)
+    if covered and (len(chains) == 1 or q.shape[1] == k.shape[1]):
         for chain in chains:
             _chained_dkv(chain, q, k, v, call, dout, row_stats, dk, dv)
-    else:  # chains share key heads: they add to one sum
+    else:  # chains share key heads, or a pass writes some keys only: all add to one sum
         sums = [torch.zeros_like(x, dtype=torch.float32) for x in (dk, dv)]
         for pass_ in (pass_ for chain in chains for pass_ in chain):
             launch_dkv(pass_, q, k, v, call, dout, row_stats, *sums, sums)
@@ -62,7 +60,7 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
 
 
 def _chained_dkv(chain: tuple[Pass, ...], q, k, v, call, dout, row_stats, dk, dv) -> None:
-    """Gradients of the keys of one chain; the last pass covers all keys, and rounds."""
+    """Gradients of the keys of a chain in which a pass covers all keys: it is last, and rounds."""
     passes = sorted(chain, key=lambda pass_: pass_.covers_keys)
     sums = previous = None
     if len(passes) > 1:

@@ -285,6 +285,9 @@ def test_the_settings_of_every_phase_are_tried_before_training():
     [
         ("model: {dim: 64}", r"phases\[0\]: the weights of a model go on .* `embedding.weight`"),
         ("model: {block: {norm: layer}}", r"would be LayerNorm instead of RMSNorm"),
+        ("model: {dropout: 2}", r"phases\[0\].model.dropout has moved; write model.block.dropout"),
+        ("model: {stack: recompute}", r"phases\[0\].model.stack cannot change in a run"),
+        ("trainer: {gradient_clip: true}", r"phases\[0\].trainer.gradient_clip .*, got True"),
         ("model: {block: {dropout: 2}}", r"phases\[0\]: .*dropout=2"),
         ("model: {block: {dropout: often}}", r"phases\[0\]: .*dropout must be a number, got"),
         ("optimizer: {lr: -1}", r"phases\[0\]: optimizer.lr must be at least 0 .*, got -1"),

@@ -1,12 +1,12 @@
 """Keys and classes that have moved: what an old command line or yaml should say now."""
 
-import fnmatch
+import re
 import sys
 from collections.abc import Sequence
 
 EXIT_STATUS = 2
 
-# Keys of the command line (`*` stands for any part), with what to write instead.
+# Keys of the command line (`*` stands for the same part in both), with what to write instead.
 KEYS = {
     "model.recompute": "model.stack=recompute (or model.stack=plain for false)",
     "model.dropout": "model.block.dropout",
@@ -24,11 +24,11 @@ KEYS = {
     "model.documents": "data.documents",
     "objective.share": "data.masking.share",
     "task.objective.share": "data.masking.share",
-    "phases.*.length": "phases.N.data.length",
-    "phases.*.batch_tokens": "phases.N.data.batch_tokens",
-    "phases.*.micro_tokens": "phases.N.data.micro_tokens",
-    "phases.*.lr": "phases.N.optimizer.lr (and the optimizer's other rates, which do not follow)",
-    "phases.*.windows": "phases.N.model.attention.longformer.window",
+    "phases.*.length": "phases.*.data.length",
+    "phases.*.batch_tokens": "phases.*.data.batch_tokens",
+    "phases.*.micro_tokens": "phases.*.data.micro_tokens",
+    "phases.*.lr": "phases.*.optimizer.lr (and the optimizer's other rates, which do not follow)",
+    "phases.*.windows": "phases.*.model.attention.longformer.window",
 }
 
 # The keys that a phase had of its own, before it could change any value of the run.
@@ -63,10 +63,17 @@ def refuse_moved_keys(arguments: Sequence[str]) -> None:
     """Say what to write for the first key of a command line that has moved, and exit."""
     for argument in arguments:
         key = argument.partition("=")[0].lstrip("+~")
-        for old, now in KEYS.items():
-            if fnmatch.fnmatchcase(key, old):
-                print(f"error: {key} has moved; write {now} instead.", file=sys.stderr)
-                sys.exit(EXIT_STATUS)
+        if now := moved_key(key):
+            print(f"error: {key} has moved; write {now} instead.", file=sys.stderr)
+            sys.exit(EXIT_STATUS)
+
+
+def moved_key(key: str) -> str | None:
+    """What to write for a key of the configuration now; None if it has not moved."""
+    for old, now in KEYS.items():
+        if match := re.fullmatch(re.escape(old).replace(r"\*", "(.+)"), key):
+            return now.replace("*", match[1]) if match.groups() else now
+    return None
 
 
 def moved_target(name: str) -> str | None:

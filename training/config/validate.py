@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from training.config.moved import moved_target
+from training.config.moved import moved_key, moved_target
 
 NAMES = {
     bool: "true or false", int: "a whole number", float: "a number", str: "text",
@@ -109,6 +109,8 @@ def _check_keys(target: Callable[..., Any], node: Mapping[str, Any], key: str) -
     takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
     for name in given:
         if name not in known and not takes_any:
+            if now := moved_key(f"{key}.{name}"):
+                raise ValueError(f"{key}.{name} has moved; write {now} instead.")
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean `{close[0]}`?" if close else f"its keys are {', '.join(known)}."
             raise ValueError(f"{place}{target.__name__} has no key `{name}`; {hint}")

@@ -190,8 +190,8 @@ def _require_package(name: str) -> None:
         importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise ValueError(
-            f"trust names {name!r}, which cannot be imported ({error}); put the folder that it is "
-            "in on PYTHONPATH."
+            f"trust names {name!r}, which cannot be imported ({error}); name a package, not a "
+            "class in it, and put the folder that it is in on PYTHONPATH."
         ) from error
 
 

@@ -342,3 +342,21 @@ def test_a_compiled_model_has_one_graph_and_the_same_numbers():
     expected = gradients(lambda *x: (loss(*x),), [q, k, v], torch.ones((), device=DEVICE))
     actual = gradients(lambda *x: (compiled(*x),), [q, k, v], torch.ones((), device=DEVICE))
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-5)
+
+
+TWO_SUMMARIES = (
+    summary(8, 2) | summary(8, 2, sub_block=1),
+    causal() & (summary(8, 2) | summary(12, 3)),
+)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("pattern", TWO_SUMMARIES)
+def test_keys_that_no_pass_covers_get_the_gradients_of_all_passes(pattern, kv_heads):
+    q, k, v = inputs(B=1, L=40, Hq=2, Hkv=kv_heads, device=DEVICE)
+    mask = dense_mask(pattern, 40, 2, DEVICE)
+    assert_as_exact_as_torch(
+        lambda *x: attend(*x, pattern, implementation="fused"),
+        lambda *x: dense_attention(*x, mask),
+        [q, k, v], cotangents(q, v),
+    )  # fmt: skip

@@ -107,8 +107,9 @@ def test_the_code_supplies_what_may_be_positional_where_a_target_is_partial(caps
     [
         ("model.recompute=true", "model.stack=recompute"),
         ("++model.recompute=true", "model.stack=recompute"),
-        ("phases.2.length=4096", "phases.N.data.length"),
-        ("phases.0.windows=[8]", "phases.N.model.attention.longformer.window"),
+        ("phases.2.length=4096", "phases.2.data.length"),
+        ("phases.0.windows=[8]", "phases.0.model.attention.longformer.window"),
+        ("model.feed_forward.bias=false", "model.block.feed_forward.bias"),
     ],
 )
 def test_a_key_that_has_moved_says_what_to_write(argument, now, capsys):
