@@ -64,7 +64,8 @@ def descend(grid: Grid, known: Callable[[Box], Known]) -> Found:
     whole = []
     while True:
         about = known(grid.box(place, side))
-        whole.append((side, *_neighbours(place[:, about.every.nonzero()[:, 0]])))
+        if (every := about.every.nonzero()[:, 0]).numel():
+            whole.append((side, *_neighbours(place[:, every])))
         rest = (~(about.every | about.none)).nonzero()[:, 0]
         place = place[:, rest]
         if side == 1:
@@ -74,9 +75,9 @@ def descend(grid: Grid, known: Callable[[Box], Known]) -> Found:
 
 def _neighbours(place: Tensor) -> tuple[Tensor, Tensor]:
     """The first of each chain of boxes that follow one another in a row, and how many these are."""
-    follows = place.diff(dim=1) == torch.tensor([[0], [0], [1]], device=place.device)
+    plane, row, column = place.diff(dim=1)
     starts = torch.ones_like(place[0], dtype=torch.bool)
-    starts[1:] = ~follows.all(dim=0)
+    starts[1:] = (plane != 0) | (row != 0) | (column != 1)
     first = starts.nonzero()[:, 0]
     end = torch.cat([first[1:], first.new_full((len(first[:1]),), place.shape[1])])
     return place[:, first], end - first

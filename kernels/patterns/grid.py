@@ -94,8 +94,12 @@ class Grid:
 
     def head(self, plane: Tensor) -> Tensor:
         """The number of the head of each plane, or one number for all, ``()``."""
-        heads = torch.tensor(self.heads, device=self.device)
+        heads = self._heads
         return heads[plane // self.residues] if len(heads) > 1 else heads[0]
+
+    @functools.cached_property
+    def _heads(self) -> Tensor:
+        return torch.tensor(self.heads, device=self.device)
 
     @staticmethod
     def _range(order: Order, residue: Tensor, length: int, number: Tensor, side: int):
@@ -109,10 +113,18 @@ class Grid:
 
     def quarters(self, place: Tensor, side: int) -> Tensor:
         """The quarters of boxes at ``place (3, N)``, without those that hold no token."""
-        step = torch.tensor([[0, 0, 0, 0], [0, 0, 1, 1], [0, 1, 0, 1]], device=self.device)
-        twice = torch.tensor([[1], [2], [2]], device=self.device)
-        place = ((place * twice)[:, :, None] + step[:, None]).flatten(1)
+        scale, step = self._quarter
+        place = ((place * scale)[:, :, None] + step).flatten(1)
         return place[:, self.exist(place, side // 2).nonzero()[:, 0]]
+
+    @functools.cached_property
+    def _quarter(self) -> tuple[Tensor, Tensor]:
+        """Factors ``(3, 1)`` of a place, and what its four quarters add to it, ``(3, 1, 4)``."""
+        step = [[[0, 0, 0, 0]], [[0, 0, 1, 1]], [[0, 1, 0, 1]]]
+        return (
+            torch.tensor([[1], [2], [2]], device=self.device),
+            torch.tensor(step, device=self.device),
+        )
 
     def exist(self, place: Tensor, side: int) -> Tensor:
         """Whether boxes hold a token."""
