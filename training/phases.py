@@ -21,7 +21,7 @@ from training.model_settings import adopt_settings
 
 DEFAULT_STEPS = 10_000  # where trainer.max_steps is auto and there are no phases
 # The keys of each section that a phase may change; None: all, of `model` those that leave its
-# weights as they are (training/model_settings.py). Weights and samples must go on.
+# weights as they are (training/model_settings.py), but for `stack`. Weights and samples must go on.
 MAY_CHANGE = {
     "data": ("length", "batch_tokens", "micro_tokens"), "model": None, "optimizer": None,
     "schedule": None, "trainer": ("gradient_clip",),

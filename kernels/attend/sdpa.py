@@ -1,6 +1,7 @@
 """When attention runs on torch's own kernel, which is faster where only the future is hidden.
 
-`models/attention/dense.py` calls torch itself, on a CPU as well.
+Only under ``implementation="auto"``, which `attend` asks. `models/attention/dense.py` calls torch
+itself, on a CPU as well.
 """
 
 import functools

@@ -1,4 +1,7 @@
-"""Drawing blocks of keys: uniform, without replacement, and a function of integers alone."""
+"""Drawing blocks of keys: uniform, without replacement, and a function of integers alone.
+
+Which blocks may be drawn, and by which integers, `terms/random_blocks.py` says.
+"""
 
 import torch
 from torch import Tensor
