@@ -86,7 +86,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def mask_mod(case: Case, length: int, device: torch.device) -> MaskMod:
-    """The pattern as FlexAttention wants it, with the random plan of head 0 for all heads.
+    """The pattern as FlexAttention wants it, with the random blocks of head 0 for all heads.
 
     BigBird is made of whole blocks: one look-up in the table of what each block sees, and the
     diagonal if it is causal. That is cheaper than the terms one by one.
@@ -123,7 +123,7 @@ def _of(pattern: Pattern) -> MaskMod:
         case Fixed(block=length, cells=cells, sub_block=0):
             return lambda b, h, i, j: (i // length == j // length) | (j % length >= length - cells)
         case RandomBlocks():
-            raise ValueError("a random plan is read from a table, see mask_mod")
+            raise ValueError("random blocks are read from a table, see mask_mod")
     raise ValueError(f"no mask_mod is written for {pattern!r}")
 
 

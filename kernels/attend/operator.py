@@ -1,6 +1,6 @@
 """The fused kernels as operators of torch: `torch.compile` and autograd see one node each way.
 
-``attend(q, k, v, *call.flatten())`` is differentiable. `torch.library.custom_op` would do the same
+``attend(q, k, v, *call.flatten())`` is differentiable. `custom_op` of torch would do the same
 with six more Python frames in each call.
 """
 

@@ -148,7 +148,7 @@ def work_of(
     """The work of one pass and direction, kept: every later call costs a look-up.
 
     Args:
-        heads: heads of the model, over which a random plan is drawn.
+        heads: heads of the model, over which random blocks are drawn.
         tile: tokens of a tile of (queries, keys).
         inverse: rows are tiles of keys, and their lists tiles of queries.
     """

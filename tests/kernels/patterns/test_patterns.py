@@ -1,4 +1,4 @@
-"""The pattern algebra: definitions, golden pictures, text, and the random plan."""
+"""The pattern algebra: definitions, golden pictures, text, and the draws of random blocks."""
 
 from textwrap import dedent
 
