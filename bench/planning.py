@@ -15,7 +15,7 @@ from kernels.patterns.terms import blocks, random_blocks
 def planning_times(case: Case, length: int, device: torch.device) -> dict:
     """Milliseconds by the host's clock, and GiB at the peak, for one pattern and length.
 
-    Ours plans all directions and heads (random blocks drawn for each); a block mask serves all heads.
+    Ours plans all directions and heads, each with blocks of its own; a block mask serves all heads.
     """
     q, k, v, _ = inputs(length, HEADS, case.head_size, TOKENS, device)
     call = Call(case.pattern, case.head_size**-0.5, q.dtype)
