@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from kernels.attend.call import Call
+from kernels.common.documents import first_tokens
 from kernels.patterns import Pattern
 
 CHUNK = {"cpu": 64, "cuda": 256}  # queries: a short chunk gathers few keys, a long one fills a GPU
@@ -94,20 +95,40 @@ def _chunks(call: Call, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor, T
     of ``columns`` is visible to any of the rows.
     """
     heads, num_queries, num_keys, device = q.shape[1], q.shape[2], k.shape[2], q.device
-    size = CHUNK[device.type]
-    starts = range(0, num_queries, size)
-    if call.q_position is None and call.k_position is None:
+    starts = range(0, num_queries, CHUNK[device.type])
+    rows = [slice(start, min(start + CHUNK[device.type], num_queries)) for start in starts]
+    documents = call.documents
+    if documents is not None and bool((documents[:, 0] == documents[:, -1]).all()):
+        call = call._replace(documents=None)  # one in each row
+    given = call.documents, call.q_position, call.k_position, call.tiles
+    if all(x is None for x in given):
+        size = CHUNK[device.type]
         columns, visible = _pattern_chunks(
             call.pattern, heads, num_queries, num_keys, size, str(device)
         )
-    else:
-        columns = [torch.arange(num_keys, device=device)[None]] * len(starts)
-        visible = None
-    is_kept = visible is not None and call.documents is None and call.tiles is None
-    evaluate = None if is_kept else _visibility(call, heads, max(num_queries, num_keys), device)
-    for n, start in enumerate(starts):
-        rows = slice(start, min(start + size, num_queries))
-        yield rows, columns[n], visible[n] if is_kept else evaluate(rows, columns[n])
+        if visible is not None:
+            yield from zip(rows, columns, visible, strict=True)
+            return
+    evaluate = _visibility(call, heads, max(num_queries, num_keys), device)
+    if all(x is None for x in given):
+        for chunk, own in zip(rows, columns, strict=True):
+            yield chunk, own, evaluate(chunk, own)
+        return
+    for chunk in rows:
+        every = torch.arange(*_span(call, chunk, num_keys), device=device)[None]
+        seen = evaluate(chunk, every)
+        live = _filled_up(seen.any(dim=2).any(dim=0))
+        yield chunk, every[0, live], seen.take_along_dim(live[None, :, None], dim=3)
+
+
+def _span(call: Call, rows: slice, num_keys: int) -> tuple[int, int]:
+    """The first key that any of the rows may see, and one past the last."""
+    if call.documents is None:
+        return 0, num_keys
+    first, last = (call.documents[:, n, None] for n in (rows.start, rows.stop - 1))
+    before, after = (call.documents < first).sum(dim=1), (call.documents > last).sum(dim=1)
+    hidden = num_keys - rows.stop if call.pattern.is_causal and call.q_position is None else 0
+    return int(before.min()), num_keys - max(int(after.min()), hidden)
 
 
 def _visibility(
@@ -119,22 +140,29 @@ def _visibility(
         length: the most that there are of queries or keys.
     """
     pattern, documents, tiles = call.pattern, call.documents, call.tiles
-    positions = [p for p in (call.q_position, call.k_position) if p is not None]
-    length = max([length, *(1 + int(p.max()) for p in positions)])
+    given = [p for p in (call.q_position, call.k_position) if p is not None]
+    length = max([length, *(1 + int(p.max()) for p in given)])
     layout = tiles.layout().to(device) if tiles is not None else None
     k_position = call.k_position
     if k_position is not None and k_position.shape[1] > 1:  # one for each query head
         k_position = k_position.repeat_interleave(heads // k_position.shape[1], dim=1)
     head = torch.arange(heads)[None, :, None, None] if pattern.differs_by_head else 0
+    if documents is not None:
+        start = first_tokens(documents)
 
     def visible(rows: slice, columns: Tensor) -> Tensor:
         storage_i = torch.arange(rows.start, rows.stop, device=device)[None, None, :, None]
         storage_j = columns[None, :, None, :]
-        i = storage_i if call.q_position is None else call.q_position[:, :, rows, None]
-        j = storage_j if k_position is None else k_position[:, :, None]
-        seen = pattern.visible(i, j, head, length=length)
+        i, j = storage_i, storage_j
         if documents is not None:
-            seen = seen & (documents[:, None, rows, None] == documents[:, columns][:, :, None])
+            own, others = start[:, None, rows, None], start[:, columns][:, :, None]
+            i, j = storage_i - own, storage_j - others
+        i = i if call.q_position is None else call.q_position[:, :, rows, None]
+        j = j if k_position is None else k_position[:, :, columns[0]][:, :, None]
+        exists = (i >= 0) & (j >= 0)
+        seen = exists & pattern.visible(i.clamp(min=0), j.clamp(min=0), head, length=length)
+        if documents is not None:
+            seen = seen & (own == others)
         if tiles is not None:
             row = torch.arange(tiles.heads, device=device)[None, :, None, None]
             seen = seen & layout[row, storage_i // tiles.tile[0], storage_j // tiles.tile[1]]
@@ -161,15 +189,19 @@ def _pattern_chunks(
         seen = pattern.visible(
             i, j, head, length=max(num_queries, num_keys)
         )  # (heads | 1, rows, Lk)
-        live = seen.any(dim=1)
-        most = max(int(live.sum(dim=1).max()), 1)
-        columns.append(live.int().argsort(dim=1, descending=True, stable=True)[:, :most])
+        columns.append(_filled_up(seen.any(dim=1)))
         cells += columns[-1].numel() * i.numel()
         if cells <= KEPT_CELLS:
             visible.append(seen.take_along_dim(columns[-1][:, None], dim=2)[None])
         else:
             visible.clear()
     return columns, visible if cells <= KEPT_CELLS else None
+
+
+def _filled_up(live: Tensor) -> Tensor:
+    """Numbers of the true columns of ``live (heads, K)``, and others where a head has fewer."""
+    most = max(int(live.sum(dim=1).max()), 1)
+    return live.int().argsort(dim=1, descending=True, stable=True)[:, :most]
 
 
 def _gather(x: Tensor, columns: Tensor, unseen: Tensor) -> Tensor:

@@ -4,10 +4,23 @@
 entries of a row of tiles that meet a range are found by a binary search.
 """
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from kernels.common.loads import token_of
+
+
+def first_tokens(documents: Tensor) -> Tensor:
+    """The number in its row of the first token of each token's document, ``(B, L)`` int32.
+
+    Args:
+        documents: ``(B, L)`` non-decreasing integers.
+    """
+    begins = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
+    number = torch.arange(documents.shape[1], dtype=torch.int32, device=documents.device)
+    return torch.where(begins, number, 0).cummax(dim=1).values
 
 
 @triton.jit
