@@ -12,12 +12,16 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend.visit import (
+    document_entries,
+    document_item,
+    document_order,
     head_and_batch,
     is_whole,
     narrowed,
     own_documents,
+    own_positions,
     part_number,
-    positions_of,
+    query_row,
     seen_cells,
     store_part,
     work_item,
@@ -54,64 +58,60 @@ def dq_kernel(
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
-    numbers = read_numbers(table + head * table_stride, RULE)
-    kv_head = head // kv_group
-
-    residue = row // rows
-    q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
-    i = token_of(row % rows * BLOCK_I + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q_tile = load_rows(q, batch, head, i, num_queries, d, C.D)
-    dout_tile = load_rows(dout, batch, head, i, num_queries, dv, C.DV)
-    row_base = (batch * heads + head) * num_queries
-    if previous is not None:
-        shift = tl.load(row_stats.shift + row_base + i, mask=i < num_queries, other=0.0)
-        lse = tl.load(row_stats.lse2 + row_base + i, mask=i < num_queries, other=float("inf"))
-    else:
-        lse = tl.load(lse_ptr + row_base + i, mask=i < num_queries, other=float("-inf"))
-        blind = lse == float("-inf")
-        lse = tl.where(blind, float("inf"), lse * LOG2_E)
-        out_tile = load_rows(out, batch, head, i, num_queries, dv, C.DV)
-        shift = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), axis=1)
-        if dlse_ptr is not None:
-            shift -= tl.load(dlse_ptr + row_base + i, mask=i < num_queries, other=0.0)
-        shift = tl.where(blind, 0.0, shift)
-        tl.store(row_stats.shift + row_base + i, shift, mask=i < num_queries)
-        tl.store(row_stats.lse2 + row_base + i, lse, mask=i < num_queries)
-    dout_tile = dout_tile.to(q_tile.dtype)
-    i_position = positions_of(q_position, batch, head, i, num_queries)
     if documents is not None:
         documents += batch * num_queries
-    own = own_documents(documents, i, num_queries)
-    low, high = narrowed(
-        lists.entries, low, high, documents, own, num_keys, k_order, BLOCK_J, C.K_ORDER
-    )
+    i, q_end, own, base, k_end, k_order, low, high, part = query_row(
+        lists, item, head, batch, work, rows, documents, num_queries, num_keys,
+        q_step, k_run, k_step, k_first, C)  # fmt: skip
+    if C.BY_DOCUMENT:
+        if q_end == 0:
+            return
+    numbers = read_numbers(table + head * table_stride, RULE)
+    kv_head = head // kv_group
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_tile = load_rows(q, batch, head, i, q_end, d, C.D)
+    dout_tile = load_rows(dout, batch, head, i, q_end, dv, C.DV)
+    row_base = (batch * heads + head) * num_queries
+    if previous is not None:
+        shift = tl.load(row_stats.shift + row_base + i, mask=i < q_end, other=0.0)
+        lse = tl.load(row_stats.lse2 + row_base + i, mask=i < q_end, other=float("inf"))
+    else:
+        lse = tl.load(lse_ptr + row_base + i, mask=i < q_end, other=float("-inf"))
+        blind = lse == float("-inf")
+        lse = tl.where(blind, float("inf"), lse * LOG2_E)
+        out_tile = load_rows(out, batch, head, i, q_end, dv, C.DV)
+        shift = tl.sum(out_tile.to(tl.float32) * dout_tile.to(tl.float32), axis=1)
+        if dlse_ptr is not None:
+            shift -= tl.load(dlse_ptr + row_base + i, mask=i < q_end, other=0.0)
+        shift = tl.where(blind, 0.0, shift)
+        tl.store(row_stats.shift + row_base + i, shift, mask=i < q_end)
+        tl.store(row_stats.lse2 + row_base + i, lse, mask=i < q_end)
+    dout_tile = dout_tile.to(q_tile.dtype)
+    i_position = own_positions(q_position, batch, head, i, q_end, own)
 
     acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     upcoming = tl.load(lists.entries + low)
     for entry in tl.range(low, high, num_stages=C.STAGES):
         tile, upcoming = upcoming, tl.load(lists.entries + entry + 1)
         index = (tile >> 1) * BLOCK_J
-        j = token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        j = base + token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
         k_tile = load_tile(
-            k, k_boxes, batch, kv_head, index, k_order, j, num_keys, d, C.D, C.K_ORDER
+            k, k_boxes, batch, kv_head, base + index, k_order, j, k_end, d, C.D, C.K_ORDER
         )
         v_tile = load_tile(
-            v, v_boxes, batch, kv_head, index, k_order, j, num_keys, dv, C.DV, C.K_ORDER
+            v, v_boxes, batch, kv_head, base + index, k_order, j, k_end, dv, C.DV, C.K_ORDER
         )
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         dweight = tl.dot(dout_tile, tl.trans(v_tile), input_precision="ieee")
         weight = tl.exp2(score * (scale * LOG2_E) - lse[:, None])
         dscore = weight * (dweight - shift[:, None])
-        last = token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
-        whole = is_whole(tile, documents, own, j, num_keys) & (last < num_keys)
+        last = base + token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
+        whole = is_whole(tile, documents, own, j, k_end, C.BY_DOCUMENT) & (last < k_end)
         if whole == 0:
-            j_position = positions_of(k_position, batch, kv_head, j, num_keys)
             seen = seen_cells(
-                i_position, j_position, numbers, documents, own, j, num_keys, RULE, False
-            )
-            dscore = tl.where(seen & (j < num_keys)[None, :], dscore, 0.0)
+                i_position, q_position, k_position, batch, kv_head, numbers, documents, own, j,
+                k_end, RULE, False)  # fmt: skip
+            dscore = tl.where(seen & (j < k_end)[None, :], dscore, 0.0)
         acc = tl.dot(dscore.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     acc = acc * scale
@@ -119,7 +119,7 @@ def dq_kernel(
         if part >= 0:
             store_part(part_ptr, part_number(part, work, parts), acc, d, BLOCK_I, C.D)
     if part < 0:
-        add_rows(dq, previous, acc, batch, head, i, num_queries, d, C.D)
+        add_rows(dq, previous, acc, batch, head, i, q_end, d, C.D)
 
 
 @kernel
@@ -141,19 +141,29 @@ def dkv_kernel(
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    # Rows and parts are the same for every head.
-    row, low, high, part = work_item(lists.items, item, kv_head, work, False, C.CUT)
-
-    residue = row // rows
-    q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
-    j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
-    d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    k_tile = load_rows(k, batch, kv_head, j, num_keys, d, C.D)
-    v_tile = load_rows(v, batch, kv_head, j, num_keys, d_value, C.DV)
-    j_position = positions_of(k_position, batch, kv_head, j, num_keys)
     if documents is not None:
         documents += batch * num_queries
-    own = own_documents(documents, j, num_keys)
+    q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
+    if C.BY_DOCUMENT:
+        tokens, row, part, number, count = document_item(lists.items, item, batch, work)
+        first, k_end, base, q_end = tokens
+        if k_end == 0:
+            return
+        k_order = document_order(k_order, row)
+        j = tl.maximum(row, 0) * BLOCK_J + tl.arange(0, BLOCK_J)
+        j = first + token_of(j, k_order, C.K_ORDER)
+    else:
+        # Rows and parts are the same for every head.
+        row, low, high, part = work_item(lists.items, item, kv_head, work, False, C.CUT)
+        base, q_end, k_end = 0, num_queries, num_keys
+        residue = row // rows
+        q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
+        j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+    d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    k_tile = load_rows(k, batch, kv_head, j, k_end, d, C.D)
+    v_tile = load_rows(v, batch, kv_head, j, k_end, d_value, C.DV)
+    own = own_documents(documents, j, k_end)
+    j_position = own_positions(k_position, batch, kv_head, j, k_end, own)
 
     dk_acc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_J, BLOCK_DV), tl.float32)
@@ -161,41 +171,46 @@ def dkv_kernel(
         head = kv_head
         if sharing is not None:
             head = tl.load(sharing + tl.program_id(0) // work % launch_heads * C.SHARED + n)
-        if C.PER_HEAD:
-            _, low, high, _ = work_item(lists.items, item, tl.maximum(head, 0), work, True, False)
-        first, last = narrowed(
-            lists.entries, low, tl.where(head < 0, low, high), documents, own, num_queries,
-            q_order, BLOCK_I, C.Q_ORDER)  # fmt: skip
-        head = tl.maximum(head, 0)
+        exists, head = head >= 0, tl.maximum(head, 0)
+        if C.BY_DOCUMENT:
+            start, stop = document_entries(
+                lists, head, row, rows, q_end - base, number, count, q_order, BLOCK_I, C.Q_ORDER,
+                C.PER_HEAD)  # fmt: skip
+        else:
+            if C.PER_HEAD:
+                _, low, high, _ = work_item(lists.items, item, head, work, True, False)
+            start, stop = narrowed(
+                lists.entries, low, high, documents, own, num_queries, q_order, BLOCK_I, C.Q_ORDER
+            )
+        stop = tl.where(exists, stop, start)
         numbers = read_numbers(table + head * table_stride, RULE)
         row_base = (batch * heads + head) * num_queries
-        upcoming = tl.load(lists.entries + first)
+        upcoming = tl.load(lists.entries + start)
         next_lse2, next_shift = _stats_of_entry(
-            row_stats, row_base, upcoming, num_queries, q_order, BLOCK_I, C.Q_ORDER
+            row_stats, row_base, upcoming, base, q_end, q_order, BLOCK_I, C.Q_ORDER
         )
-        for entry in tl.range(first, last, num_stages=C.STAGES):
+        for entry in tl.range(start, stop, num_stages=C.STAGES):
             tile, lse2, shift = upcoming, next_lse2, next_shift
             upcoming = tl.load(lists.entries + entry + 1)
             next_lse2, next_shift = _stats_of_entry(
-                row_stats, row_base, upcoming, num_queries, q_order, BLOCK_I, C.Q_ORDER
+                row_stats, row_base, upcoming, base, q_end, q_order, BLOCK_I, C.Q_ORDER
             )
             index = (tile >> 1) * BLOCK_I
-            i = token_of(index + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
+            i = base + token_of(index + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
             q_tile = load_tile(
-                q, q_boxes, batch, head, index, q_order, i, num_queries, d, C.D, C.Q_ORDER
+                q, q_boxes, batch, head, base + index, q_order, i, q_end, d, C.D, C.Q_ORDER
             )
             dout_tile = load_tile(
-                dout, dout_boxes, batch, head, index, q_order, i, num_queries, d_value, C.DV,
+                dout, dout_boxes, batch, head, base + index, q_order, i, q_end, d_value, C.DV,
                 C.Q_ORDER)  # fmt: skip
             dout_tile = dout_tile.to(q_tile.dtype)
             score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # (j, i)
             weight = tl.exp2(score * (scale * LOG2_E) - lse2[None, :])
-            whole = is_whole(tile, documents, own, i, num_queries)
+            whole = is_whole(tile, documents, own, i, q_end, C.BY_DOCUMENT)
             if whole == 0:
-                i_position = positions_of(q_position, batch, head, i, num_queries)
                 seen = seen_cells(
-                    j_position, i_position, numbers, documents, own, i, num_queries, RULE, True
-                )
+                    j_position, k_position, q_position, batch, head, numbers, documents, own, i,
+                    q_end, RULE, True)  # fmt: skip
                 weight = tl.where(seen, weight, 0.0)
             dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             dv_acc = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")
@@ -211,20 +226,20 @@ def dkv_kernel(
             store_part(dk_part_ptr, number, dk_acc, d, BLOCK_J, C.D)
             store_part(dv_part_ptr, number, dv_acc, d_value, BLOCK_J, C.DV)
     if part < 0:
-        add_rows(dk, dk_previous, dk_acc, batch, kv_head, j, num_keys, d, C.D)
-        add_rows(dv, dv_previous, dv_acc, batch, kv_head, j, num_keys, d_value, C.DV)
+        add_rows(dk, dk_previous, dk_acc, batch, kv_head, j, k_end, d, C.D)
+        add_rows(dv, dv_previous, dv_acc, batch, kv_head, j, k_end, d_value, C.DV)
 
 
 @triton.jit
-def _stats_of_entry(row_stats, row_base, entry, num_queries, q_order, BLOCK_I: tl.constexpr,
+def _stats_of_entry(row_stats, row_base, entry, base, q_end, q_order, BLOCK_I: tl.constexpr,
                     Q_ORDER: tl.constexpr):  # fmt: skip
     """``lse2`` and ``shift`` of an entry's queries, ``(BLOCK_I)`` each.
 
     The compiler pipelines the loads of tiles, not of these; the loop asks for them a tile ahead.
     """
-    i = token_of((entry >> 1) * BLOCK_I + tl.arange(0, BLOCK_I), q_order, Q_ORDER)
-    lse2 = tl.load(row_stats.lse2 + row_base + i, mask=i < num_queries, other=float("inf"))
-    return lse2, tl.load(row_stats.shift + row_base + i, mask=i < num_queries, other=0.0)
+    i = base + token_of((entry >> 1) * BLOCK_I + tl.arange(0, BLOCK_I), q_order, Q_ORDER)
+    lse2 = tl.load(row_stats.lse2 + row_base + i, mask=i < q_end, other=float("inf"))
+    return lse2, tl.load(row_stats.shift + row_base + i, mask=i < q_end, other=0.0)
 
 
 @triton.jit

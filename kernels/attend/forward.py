@@ -6,13 +6,11 @@ import triton.language as tl
 from kernels.attend.visit import (
     head_and_batch,
     is_whole,
-    narrowed,
-    own_documents,
+    own_positions,
     part_number,
-    positions_of,
+    query_row,
     seen_cells,
     store_part,
-    work_item,
 )
 from kernels.common.jit import kernel
 from kernels.common.loads import load_rows, load_tile, store_rows, token_of
@@ -38,22 +36,19 @@ def forward_kernel(
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
-    numbers = read_numbers(table + head * table_stride, RULE)
-    kv_head = head // kv_group
-
-    residue = row // rows
-    q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
-    i = token_of(row % rows * BLOCK_I + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
-    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
-    q_tile = load_rows(q, batch, head, i, num_queries, d, C.D)
-    i_position = positions_of(q_position, batch, head, i, num_queries)
     if documents is not None:
         documents += batch * num_queries
-    own = own_documents(documents, i, num_queries)
-    low, high = narrowed(
-        lists.entries, low, high, documents, own, num_keys, k_order, BLOCK_J, C.K_ORDER
-    )
+    i, q_end, own, base, k_end, k_order, low, high, part = query_row(
+        lists, item, head, batch, work, rows, documents, num_queries, num_keys,
+        q_step, k_run, k_step, k_first, C)  # fmt: skip
+    if C.BY_DOCUMENT:
+        if q_end == 0:
+            return
+    numbers = read_numbers(table + head * table_stride, RULE)
+    kv_head = head // kv_group
+    d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
+    q_tile = load_rows(q, batch, head, i, q_end, d, C.D)
+    i_position = own_positions(q_position, batch, head, i, q_end, own)
 
     row_max = tl.full((BLOCK_I,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_I,), tl.float32)
@@ -62,22 +57,21 @@ def forward_kernel(
     for entry in tl.range(low, high, num_stages=C.STAGES):
         tile, upcoming = upcoming, tl.load(lists.entries + entry + 1)
         index = (tile >> 1) * BLOCK_J
-        j = token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        j = base + token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
         k_tile = load_tile(
-            k, k_boxes, batch, kv_head, index, k_order, j, num_keys, d, C.D, C.K_ORDER
+            k, k_boxes, batch, kv_head, base + index, k_order, j, k_end, d, C.D, C.K_ORDER
         )
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
-        last = token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
-        whole = is_whole(tile, documents, own, j, num_keys) & (last < num_keys)
+        last = base + token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
+        whole = is_whole(tile, documents, own, j, k_end, C.BY_DOCUMENT) & (last < k_end)
         if whole == 0:
-            j_position = positions_of(k_position, batch, kv_head, j, num_keys)
             seen = seen_cells(
-                i_position, j_position, numbers, documents, own, j, num_keys, RULE, False
-            )
-            score = tl.where(seen & (j < num_keys)[None, :], score, float("-inf"))
+                i_position, q_position, k_position, batch, kv_head, numbers, documents, own, j,
+                k_end, RULE, False)  # fmt: skip
+            score = tl.where(seen & (j < k_end)[None, :], score, float("-inf"))
         weight, shrink, row_max, row_sum = softmax_step(score, row_max, row_sum, scale * LOG2_E)
         v_tile = load_tile(
-            v, v_boxes, batch, kv_head, index, k_order, j, num_keys, dv, C.DV, C.K_ORDER
+            v, v_boxes, batch, kv_head, base + index, k_order, j, k_end, dv, C.DV, C.K_ORDER
         )
         acc = tl.dot(weight.to(v_tile.dtype), v_tile, acc * shrink[:, None], input_precision="ieee")
 
@@ -92,7 +86,7 @@ def forward_kernel(
             store_part(part_ptr, number, acc, dv, BLOCK_I, C.DV)
             tl.store(part_lse_ptr + number * BLOCK_I + tl.arange(0, BLOCK_I), lse)
     if part < 0:
-        write_output(out, lse_ptr, previous, acc, lse, batch, head, i, num_queries, dv, C.DV)
+        write_output(out, lse_ptr, previous, acc, lse, batch, head, i, q_end, dv, C.DV)
 
 
 @triton.jit

@@ -8,22 +8,24 @@ from torch import Tensor
 from kernels.attend.backward import RowStats, dkv_kernel, dq_kernel
 from kernels.attend.call import Call
 from kernels.attend.descriptors import boxes_of
+from kernels.attend.documents import Plan, first_tokens_of, plan_of
 from kernels.attend.forward import forward_kernel
 from kernels.attend.parts import merge_parts_kernel, sum_parts_kernel
 from kernels.attend.passes import Pass
 from kernels.attend.setup import Setup, chains_of, setup_of
 from kernels.attend.visit import Positions
 from kernels.common.loads import view_of
+from kernels.patterns.order import SEQUENCE, Order
 
 MERGED_ROWS, MERGED_PARTS = 4, 16  # what the kernels that merge read: tokens, parts at a time
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
     """``(out, lse)`` of ``kernels.attend.attend``; the arguments are those of a flat ``Call``."""
-    call = Call.rebuild(*arguments)
     _bind_context(q.device)
+    call = _with_first_tokens(Call.rebuild(*arguments))
     out, lse = empty_output(q, v, call.out_dtype), empty_lse(q)
-    for chain in chains_of(call.pattern, q.shape[1], k.shape[2], call.listed is not None):
+    for chain in _chains(q, k, call):
         # What a pass hands to the next is float32; only the last one rounds.
         partial = empty_output(q, v, torch.float32) if len(chain) > 1 else None
         for n, pass_ in enumerate(chain):
@@ -34,11 +36,11 @@ def forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor
 
 def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tensor, *arguments):
     """``(dq, dk, dv)`` from the gradients of ``out`` and ``lse`` (None if that was not used)."""
-    call = Call.rebuild(*arguments)
     _bind_context(q.device)
+    call = _with_first_tokens(Call.rebuild(*arguments))
     dlse = dlse if dlse is None else dlse.contiguous()
     dq, dk, dv = map(empty_gradient, (q, k, v))
-    chains = chains_of(call.pattern, q.shape[1], k.shape[2], call.listed is not None)
+    chains = _chains(q, k, call)
     row_stats = RowStats(torch.empty_like(lse), torch.empty_like(lse))
     for chain in chains:
         partial = torch.empty_like(dq, dtype=torch.float32) if len(chain) > 1 else None
@@ -59,6 +61,18 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
     return dq, dk, dv
 
 
+def _with_first_tokens(call: Call) -> Call:
+    """The call as kernels take it: a document is known by its first token, where it begins."""
+    if call.documents is None:
+        return call
+    return call._replace(documents=first_tokens_of(call.documents))
+
+
+def _chains(q: Tensor, k: Tensor, call: Call) -> list[tuple[Pass, ...]]:
+    is_listed, packed = call.listed is not None, call.documents is not None
+    return chains_of(call.pattern, q.shape[1], k.shape[2], is_listed, packed)
+
+
 def _chained_dkv(chain: tuple[Pass, ...], q, k, v, call, dout, row_stats, dk, dv) -> None:
     """Gradients of the keys of a chain in which a pass covers all keys: it is last, and rounds."""
     passes = sorted(chain, key=lambda pass_: pass_.covers_keys)
@@ -77,18 +91,19 @@ def launch_forward(pass_: Pass, q, k, v, call: Call, out, lse, previous: Tensor 
     """Attend, merged with ``previous`` and what ``lse`` holds if there is a pass before."""
     setup = setup_of(pass_, "forward", q, k, v, call)
     C, programs = setup.constants, len(q) * setup.launch_heads
-    boxes = boxes_of(pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
+    plan = plan_of(setup, pass_, call.documents)
+    boxes = _boxes(pass_, pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
     part_out = _empty_parts(setup, q, C.BLOCK_I, C.DV)
     part_lse = _empty_parts(setup, q, C.BLOCK_I, 1)
     out, previous = view_of(out), view_of(previous)
     forward_kernel[(len(setup.work) * programs,)](
         view_of(q), view_of(k), view_of(v), *boxes, out, lse, previous, part_out, part_lse,
-        *_shared(setup, call, q, k), **setup.compiled,
+        *_shared(setup, plan, call, q, k), **setup.compiled,
     )  # fmt: skip
     if C.CUT:
         chunks = setup.work.cuts * C.BLOCK_I // MERGED_ROWS
         merge_parts_kernel[(chunks * programs,)](
-            out, lse, previous, part_out, part_lse, setup.work.cut, setup.lists.head_of,
+            out, lse, previous, part_out, part_lse, *_cuts(setup, plan), setup.lists.head_of,
             q.shape[1], *_counts_of_parts(setup, q), 1, pass_.q_order.step, 0,
             C.Q_ORDER, C.BLOCK_I, C.DV, C.BLOCK_DV, MERGED_ROWS, MERGED_PARTS,
         )  # fmt: skip
@@ -100,16 +115,17 @@ def launch_dq(
     """Gradient of the queries, added to ``previous``; the first pass fills ``row_stats``."""
     setup = setup_of(pass_, "dq", q, k, v, call)
     C, programs = setup.constants, len(q) * setup.launch_heads
-    boxes = boxes_of(pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
+    plan = plan_of(setup, pass_, call.documents)
+    boxes = _boxes(pass_, pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
     part_dq = _empty_parts(setup, q, C.BLOCK_I, C.D)
     dq, previous = view_of(dq), view_of(previous)
     dq_kernel[(len(setup.work) * programs,)](
         view_of(q), view_of(k), view_of(v), *boxes, view_of(out), view_of(dout), lse, dlse,
-        row_stats, dq, previous, part_dq, *_shared(setup, call, q, k), **setup.compiled,
+        row_stats, dq, previous, part_dq, *_shared(setup, plan, call, q, k), **setup.compiled,
     )  # fmt: skip
     if C.CUT:
         order = 1, pass_.q_order.step, 0, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
-        _sum_parts(setup, q, dq, previous, part_dq, *order)
+        _sum_parts(setup, plan, q, dq, previous, part_dq, *order)
 
 
 def launch_dkv(
@@ -118,7 +134,8 @@ def launch_dkv(
     """Gradients of keys and values, added to ``previous``, a pair."""
     setup = setup_of(pass_, "dkv", q, k, v, call)
     C, order = setup.constants, pass_.k_order
-    boxes = boxes_of(pass_.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
+    plan = plan_of(setup, pass_, call.documents, own_keys=True)
+    boxes = _boxes(pass_, pass_.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
     part_dk = _empty_parts(setup, q, C.BLOCK_J, C.D)
     part_dv = _empty_parts(setup, q, C.BLOCK_J, C.DV)
     dk, dv = view_of(dk), view_of(dv)
@@ -126,20 +143,21 @@ def launch_dkv(
     dkv_kernel[(len(setup.work) * len(q) * setup.launch_heads,)](
         view_of(q), view_of(k), view_of(v), *boxes, view_of(dout), row_stats,
         dk, dv, previous_dk, previous_dv, part_dk, part_dv, setup.sharing,
-        *_shared(setup, call, q, k), **setup.compiled,
+        *_shared(setup, plan, call, q, k), **setup.compiled,
     )  # fmt: skip
     if C.CUT:
         order = order.run, order.step, order.first, C.K_ORDER, C.BLOCK_J
-        _sum_parts(setup, k, dk, previous_dk, part_dk, *order, C.D, C.BLOCK_D)
-        _sum_parts(setup, k, dv, previous_dv, part_dv, *order, C.DV, C.BLOCK_DV)
+        _sum_parts(setup, plan, k, dk, previous_dk, part_dk, *order, C.D, C.BLOCK_D)
+        _sum_parts(setup, plan, k, dv, previous_dv, part_dv, *order, C.DV, C.BLOCK_DV)
 
 
-def _shared(setup: Setup, call: Call, q: Tensor, k: Tensor) -> tuple:
+def _shared(setup: Setup, plan: Plan | None, call: Call, q: Tensor, k: Tensor) -> tuple:
     """What all three kernels take behind their tensors."""
     q_position = _positions(call.q_position, q)
     k_position = _positions(call.k_position, k)
     where = call.documents, q_position, k_position
-    return (setup.lists, setup.table, *where, call.scale, *setup.counts)
+    lists = setup.lists if plan is None else setup.lists._replace(items=plan.items)
+    return (lists, setup.table, *where, call.scale, *setup.counts)
 
 
 def _positions(position: Tensor | None, x: Tensor) -> Positions | None:
@@ -160,19 +178,31 @@ def _empty_parts(setup: Setup, x: Tensor, block: int, size: int) -> Tensor | Non
 
 
 def _sum_parts(
-    setup: Setup, x: Tensor, dx, previous, part_dx, run, step, first, order, block, *sizes
+    setup: Setup, plan, x: Tensor, dx, previous, part_dx, run, step, first, order, block, *sizes
 ):
     """Add up the parts of ``dx``, a gradient of ``x``."""
     programs = setup.work.cuts * len(x) * setup.launch_heads * block // MERGED_ROWS
     sum_parts_kernel[(programs,)](
-        dx, previous, part_dx, setup.work.cut, setup.lists.head_of, *_counts_of_parts(setup, x),
+        dx, previous, part_dx, *_cuts(setup, plan), setup.lists.head_of, *_counts_of_parts(setup, x),
         run, step, first, order, block, *sizes, MERGED_ROWS, MERGED_PARTS,
     )  # fmt: skip
 
 
 def _counts_of_parts(setup: Setup, x: Tensor) -> tuple[int, ...]:
     work = setup.work
-    return setup.launch_heads, work.cuts, work.parts, work.rows, x.shape[2]
+    return setup.launch_heads, work.cuts, work.parts, work.parts // 2, work.rows, x.shape[2]
+
+
+def _cuts(setup: Setup, plan: Plan | None) -> tuple[Tensor, Tensor | None]:
+    """The rows that are cut, and how many of them there are in each row of documents."""
+    return (setup.work.cut, None) if plan is None else (plan.cut, plan.cuts)
+
+
+def _boxes(pass_: Pass, order: Order, *tiles):
+    """Descriptors of tiles; gathered tokens of a document may begin anywhere, where none fits."""
+    if pass_.by_document and order != SEQUENCE:
+        return None, None
+    return boxes_of(order, *tiles)
 
 
 def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:

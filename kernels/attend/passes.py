@@ -19,12 +19,16 @@ class Pass:
     """A part of a pattern that one kernel runs: for some heads, with tokens in some order.
 
     What is kept for a pass (its lists, its rule) is found by the object itself, at no cost.
+
+    Args:
+        by_document: every document has tiles of its own, which begin where it does.
     """
 
     pattern: Pattern
     heads: tuple[int, ...]
     q_order: Order = SEQUENCE
     k_order: Order = SEQUENCE
+    by_document: bool = False
 
     @property
     def covers_keys(self) -> bool:
@@ -33,20 +37,23 @@ class Pass:
 
 
 @functools.lru_cache(maxsize=512)
-def chains(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
+def chains(pattern: Pattern, heads: int, packed: bool = False) -> tuple[tuple[Pass, ...], ...]:
     """Passes of a pattern in chains: each head is in one chain, and runs its passes in order.
 
     The keys of the passes of a chain are disjoint, and together they are the pattern.
+
+    Args:
+        packed: rows may hold several documents, from whose starts positions count.
     """
-    pattern = pattern.bound()
+    pattern, split = pattern.bound(), _split_packed if packed else _split
     heads_of: dict[tuple[Pattern, ...], list[int]] = {}
     for head in range(heads):
-        heads_of.setdefault(tuple(_split(pattern.of_head(head))), []).append(head)
+        heads_of.setdefault(tuple(split(pattern.of_head(head))), []).append(head)
     # Heads that differ in their numbers alone share a launch.
-    if all(len(parts) == 1 and parts[0].order == Pattern.order for parts in heads_of):
-        return ((Pass(pattern, tuple(range(heads))),),)
+    if all(len(parts) == 1 and parts[0][1] == Pattern.order for parts in heads_of):
+        return ((_pass(pattern, tuple(range(heads)), Pattern.order, packed),),)
     return tuple(
-        tuple(Pass(part, tuple(own), *part.order) for part in parts)
+        tuple(_pass(part, tuple(own), order, packed) for part, order in parts)
         for parts, own in heads_of.items()
     )
 
@@ -57,21 +64,55 @@ def in_one_pass(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
     return ((Pass(pattern.bound(), tuple(range(heads))),),)
 
 
-def _split(pattern: Pattern) -> list[Pattern]:
-    """Disjoint parts whose union is the pattern: what runs in the order of the text comes first."""
+def _pass(pattern: Pattern, heads: tuple[int, ...], order, packed: bool) -> Pass:
+    # Where only distances count, tiles may begin anywhere: those of the row serve all documents.
+    return Pass(pattern, heads, *order, by_document=packed and not pattern.knows_distance_only)
+
+
+def _split(pattern: Pattern) -> list[tuple[Pattern, tuple[Order, Order]]]:
+    """Disjoint parts whose union is the pattern, and the orders of queries and keys of each.
+
+    What runs in the order of the text comes first.
+    """
     own = [part for part in pattern.alternatives if part.order == Pattern.order]
     moved = [part for part in pattern.alternatives if part.order != Pattern.order]
     if not moved:
-        return [pattern]
-    first = [functools.reduce(Pattern.__or__, own)] if own else []
-    parts = []
-    for n, part in enumerate(moved):
-        for before in own + moved[:n]:
+        return [(pattern, Pattern.order)]
+    together = [functools.reduce(Pattern.__or__, own)] if own else []
+    first = [(part, Pattern.order) for part in together]
+    return first + [(part, part.order) for part in _disjoint(moved, own)]
+
+
+def _split_packed(pattern: Pattern) -> list[tuple[Pattern, tuple[Order, Order]]]:
+    """The same for rows of several documents.
+
+    Residue classes are those of the row, which serve every document alike only as long as nothing
+    but distances counts. So these parts come first, and what counts positions excludes them.
+    """
+    residues, own, gathered = [], [], []
+    for part in pattern.alternatives:
+        if part.order[0].residues == 1:
+            (own if part.order == Pattern.order else gathered).append(part)
+        else:
+            (residues if part.knows_distance_only else own).append(part)
+    if not residues and not gathered:
+        return [(pattern, Pattern.order)]
+    first = [(part, part.order) for part in _disjoint(residues, [])]
+    together = [functools.reduce(Pattern.__or__, own)] if own else []
+    second = [(part, Pattern.order) for part in _disjoint(together, residues)]
+    return first + second + [(part, part.order) for part in _disjoint(gathered, residues + own)]
+
+
+def _disjoint(parts: list[Pattern], shown: list[Pattern]) -> list[Pattern]:
+    """Each part without what is ``shown`` already, and without the parts before it."""
+    disjoint = []
+    for n, part in enumerate(parts):
+        for before in shown + parts[:n]:
             exclusion = _outside(before, part)
             if exclusion not in _factors(part):
                 part = part & exclusion
-        parts.append(part)
-    return first + parts
+        disjoint.append(part)
+    return disjoint
 
 
 def _outside(excluded: Pattern, part: Pattern) -> Pattern:

@@ -12,7 +12,7 @@ from kernels.attend.call import Call
 from kernels.attend.passes import Pass, chains, in_one_pass
 from kernels.attend.tuning import LONG, Config, config_for, forced_now
 from kernels.attend.visit import Lists
-from kernels.attend.work import Work, rule_and_table, work_of
+from kernels.attend.work import DocumentWork, Work, rule_and_table, work_of
 from kernels.common.loads import GATHERED, PLAIN, RESIDUES
 from kernels.patterns import Pattern
 from kernels.patterns.algebra import Nothing
@@ -42,6 +42,7 @@ class Constants:
         CUT: long rows are cut into parts.
         SHARED: the most query heads of those launched that share a key head.
         STAGES: of the pipeline that loads tiles.
+        BY_DOCUMENT: every document has tiles of its own.
     """
 
     Q_ORDER: int
@@ -56,6 +57,7 @@ class Constants:
     CUT: bool
     SHARED: int
     STAGES: int
+    BY_DOCUMENT: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +73,7 @@ class Setup:
     """
 
     config: Config
-    work: Work
+    work: Work | DocumentWork
     lists: Lists
     launch_heads: int
     sharing: Tensor | None
@@ -83,16 +85,16 @@ class Setup:
 
 @functools.lru_cache(maxsize=256)
 def chains_of(
-    pattern: Pattern, heads: int, num_keys: int, is_listed: bool
+    pattern: Pattern, heads: int, num_keys: int, is_listed: bool, packed: bool
 ) -> list[tuple[Pass, ...]]:
     """The chains of passes; a sequence may be too short to have any summary column.
 
     Where that leaves a chain without passes, one that shows nothing writes its results.
     """
-    split = in_one_pass if is_listed else chains
+    split = in_one_pass(pattern, heads) if is_listed else chains(pattern, heads, packed)
     return [
         tuple(p for p in chain if p.k_order.longest(num_keys)) or (Pass(Nothing(), chain[0].heads),)
-        for chain in split(pattern, heads)
+        for chain in split
     ]
 
 
@@ -131,7 +133,8 @@ def _planned(
 
 
 def _make_setup(
-    pass_: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config, work: Work
+    pass_: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config,
+    work: Work | DocumentWork,
 ) -> Setup:  # fmt: skip
     heads, kv_heads, num_queries, num_keys, D, DV = sizes
     kv_group = heads // kv_heads
@@ -161,9 +164,12 @@ def _make_setup(
         CUT=work.parts > 0,
         SHARED=1 if sharing is None else sharing.shape[1],
         STAGES=config.stages,
+        BY_DOCUMENT=pass_.by_document,
     )
     compiled = {"RULE": rule, "C": constants, "num_warps": config.warps}
-    lists = Lists(work.items, work.entries, head_of)
+    lists = Lists(None, work.entries, head_of, work.offsets) if pass_.by_document else (
+        Lists(work.items, work.entries, head_of)
+    )
     return Setup(config, work, lists, len(launched), sharing, table, counts, constants, compiled)
 
 

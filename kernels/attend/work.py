@@ -4,6 +4,7 @@ import functools
 from dataclasses import dataclass, replace
 
 import torch
+import triton
 from torch import Tensor
 
 from kernels.attend.passes import Pass
@@ -12,6 +13,7 @@ from kernels.patterns.tiles import TileList, list_tiles
 
 # A row is cut into parts of so many mean rows, but of no fewer tiles than this.
 PART_ROWS, PART_TILES = 2, 16
+SHORT = 512  # a document of fewer tokens sees most of its tiles: it gets no list of its own
 ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
 
 
@@ -63,8 +65,7 @@ class Work:
         return replace(self, items=items, cut=self.cut[:cuts], parts=parts)
 
     def to(self, device: torch.device) -> "Work":
-        moved = {name: getattr(self, name).to(device) for name in ("items", "cut", "entries")}
-        return replace(self, **moved)
+        return _moved(self, device, "items", "cut", "entries")
 
 
 @dataclass(frozen=True, eq=False)
@@ -140,11 +141,86 @@ def make_work(tiles: TileList) -> Work:
     )  # fmt: skip
 
 
+@dataclass(frozen=True, eq=False)
+class DocumentWork:
+    """A tile list that serves every document of a row, each with tiles of its own.
+
+    The list is that of one document as long as the row: a shorter one has its first rows, and of
+    each the tiles that it reaches. `kernels.attend.documents.plan` makes items for programs from it
+    and the documents, of which the host knows nothing but these bounds.
+
+    Args:
+        entries: see `Work`; in front of the list are the first ``dense`` tiles, none of them whole,
+            which are the list of a row of short documents.
+        offsets: where in ``entries`` the list of each row begins, ``(heads or 1, rows + 1)`` int32.
+        longest: tiles of each row, the most of any head, ``(rows,)`` int32.
+        most: tiles of a part, if rows are cut.
+        long_rows: rows that a document as long as the row has cut.
+        programs: most items of a row of documents.
+        parts: most parts of cut rows; 0 if no row is cut.
+        mean_tiles: that a row visits, of a document as long as the row.
+        short: a document with fewer tokens has no tiles of its own.
+    """
+
+    entries: Tensor
+    offsets: Tensor
+    longest: Tensor
+    most: int
+    long_rows: int
+    programs: int
+    parts: int
+    mean_tiles: float
+    short: int
+
+    def __len__(self) -> int:
+        """Programs of one batch and head."""
+        return self.programs
+
+    @property
+    def cuts(self) -> int:
+        """Rows that are merged at a time: programs take those that are cut in turn."""
+        return self.long_rows
+
+    @property
+    def rows(self) -> int:
+        return len(self.longest)
+
+    @property
+    def differs_by_head(self) -> bool:
+        return len(self.offsets) > 1
+
+    def to(self, device: torch.device) -> "DocumentWork":
+        return _moved(self, device, "entries", "offsets", "longest")
+
+
+def make_document_work(tiles: TileList, tokens: int, short: int) -> DocumentWork:
+    """Prepare a list for documents; one with fewer than ``short`` tokens has no tiles of its own."""
+    own, other = tiles.tile
+    dense = triton.cdiv(own + 2 * short, other) + 1
+    ascending = torch.arange(dense, dtype=torch.int32, device=tiles.keys.device) * 2
+    entries = torch.cat((ascending, tiles.keys * 2 + tiles.full, ascending[:1])).int()
+    counts = tiles.offsets.diff().view(tiles.heads, -1)
+    rows, longest = counts.shape[1], counts.amax(dim=0)
+    first = tiles.offsets[:-1].view(tiles.heads, rows)
+    offsets = torch.cat((first, (first + counts)[:, -1:]), dim=1) + dense
+    most = max(PART_TILES, PART_ROWS * (len(tiles) // counts.numel() + 1))
+    long_rows = int((longest > most).sum())
+    extra = long_rows * triton.cdiv(triton.cdiv(tokens, other), most)
+    # Long documents have at most a tile more than their tokens fill, and there are so many at most;
+    # short ones between them have tiles of the row, of which two are not whole.
+    whole, long_documents = triton.cdiv(tokens, own), tokens // short
+    items = min(3 * whole, whole + 3 * long_documents + 2)
+    return DocumentWork(
+        entries, offsets.int(), longest.int(), most, long_rows, items + extra,
+        2 * extra, len(tiles) / counts.numel(), short,
+    )  # fmt: skip
+
+
 @functools.lru_cache(maxsize=512)
 def work_of(
     pass_: Pass, heads: int, num_queries: int, num_keys: int, tile: tuple[int, int], inverse: bool,
     device: torch.device,
-) -> Work:  # fmt: skip
+) -> Work | DocumentWork:  # fmt: skip
     """The work of one pass and direction, kept: every later call costs a look-up.
 
     Args:
@@ -153,7 +229,14 @@ def work_of(
         inverse: rows are tiles of keys, and their lists tiles of queries.
     """
     tiles = _tiles(pass_, heads, num_queries, num_keys, tile, device)
-    return make_work(tiles.inverse() if inverse else tiles).trimmed().to(device)
+    tiles = tiles.inverse() if inverse else tiles
+    if pass_.by_document:
+        return make_document_work(tiles, num_queries, max(SHORT, 2 * tiles.tile[0])).to(device)
+    return make_work(tiles).trimmed().to(device)
+
+
+def _moved(work, device: torch.device, *names: str):
+    return replace(work, **{name: getattr(work, name).to(device) for name in names})
 
 
 @functools.lru_cache(maxsize=64)

@@ -1,7 +1,8 @@
 """Documents inside kernels: tokens of different ones do not see each other.
 
-``documents (L,)`` are int32 and do not decrease, so that a tile holds a range of them, and the
-entries of a row of tiles that meet a range are found by a binary search.
+``documents (L,)`` hold the first token of each token's document, int32. They do not decrease, so
+that a tile holds a range of them, and the entries of a row of tiles that meet a range are found by
+a binary search.
 """
 
 import torch
@@ -62,4 +63,15 @@ def _search(entries, low, high, documents, document, limit, order, TILE: tl.cons
         before = (found <= document) if PAST else (found < document)
         low = tl.where(before, middle + 1, low)
         high = tl.where(before, high, middle)
+    return low
+
+
+@triton.jit
+def entries_before(entries, low, high, limit, order, TILE: tl.constexpr, ORDER: tl.constexpr):
+    """One past the last entry of a row whose tile begins before token ``limit``."""
+    while low < high:
+        middle = (low + high) // 2
+        token = token_of((tl.load(entries + middle) >> 1) * TILE, order, ORDER)
+        low = tl.where(token < limit, middle + 1, low)
+        high = tl.where(token < limit, high, middle)
     return low

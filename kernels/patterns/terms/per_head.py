@@ -46,6 +46,10 @@ class PerHead(Pattern):
     def sees_itself(self) -> bool:
         return all(pattern.sees_itself for pattern in self.operands)
 
+    @property
+    def knows_distance_only(self) -> bool:
+        return all(pattern.knows_distance_only for pattern in self.operands)
+
     def of_head(self, head):
         return self.operands[head % len(self.operands)].of_head(head)
 
