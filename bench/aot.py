@@ -41,6 +41,7 @@ COMMON = "causal() & (window(512) | global_tokens(16))"
 STRIDED = "causal() & (window(8) | strided(8))"  # tokens by residue, merged with a window
 UNEVEN = "causal() & (window(8) | strided(5))"  # the same, where the residues differ in length
 FIXED = "causal() & fixed(8, 2)"  # summary cells, gathered
+BLOCKS = "causal() & (window(3, block=64) | global_tokens(128))"  # positions in a document count
 CUT_ROWS = "window(8, 8) | global_tokens(2)"  # rows of 64 tiles, cut and merged again
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel"}
 BEST_PATHS = ((80, False), (90, True))  # capability, and whether by the copy engine
@@ -113,16 +114,18 @@ def shipped() -> Iterator[Variant]:
         yield Variant(*bare, UNEVEN, copies=False)
         yield Variant(*bare, FIXED, copies)
         yield Variant(*bare, CUT_ROWS, copies, length=4096)
-        yield Variant(*bare, "causal()", copies, documents=True)
+        for text in ("causal()", BLOCKS, FIXED):  # tiles of the row, of documents, gathered
+            yield Variant(*bare, text, copies, documents=True)
         yield Variant(*bare, "causal()", turned=True)
 
 
-def of_pattern(pattern: str) -> Iterator[Variant]:
-    """The safe kernels of one pattern, in bfloat16."""
+def of_pattern(pattern: str, documents: bool) -> Iterator[Variant]:
+    """The safe kernels of one pattern, in bfloat16, for one document a row or for several."""
     for capability, direction, size in itertools.product(SHARED_LIMIT, DIRECTIONS, (64, 128)):
         safe = candidates(direction, size, torch.bfloat16)[0]
         copies = capability >= 90
-        yield Variant(capability, direction, torch.bfloat16, size, safe, pattern, copies)
+        bare = capability, direction, torch.bfloat16, size, safe, pattern, copies
+        yield Variant(*bare, documents=documents)
 
 
 def _on_each_path(
@@ -156,7 +159,7 @@ def compile_variant(variant: Variant) -> list[Compiled] | str:
     return [kernel for kernel in kernels if kernel.kernel not in other]
 
 
-def _one_pass(pattern, heads: int):
+def _one_pass(pattern, heads: int, packed: bool):
     return [(Pass(pattern.bound(), tuple(range(heads))),)]
 
 
@@ -202,6 +205,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shipped", action="store_true", help="only what ships, and safe choices")
     parser.add_argument("--pattern", action="append", help="the safe kernels of a pattern")
+    parser.add_argument("--documents", action="store_true", help="with --pattern: rows hold several")
     parser.add_argument("--target", type=int, choices=SHARED_LIMIT, action="append")
     parser.add_argument("--direction", choices=DIRECTIONS, action="append")
     parser.add_argument("--head-size", type=int, choices=HEAD_SIZES, action="append")
@@ -216,7 +220,7 @@ def main() -> int:
         return all(not a or h in a for a, h in zip(asked, has, strict=True))
 
     if options.pattern:
-        variants = itertools.chain(*map(of_pattern, options.pattern))
+        variants = itertools.chain(*(of_pattern(p, options.documents) for p in options.pattern))
     else:
         variants = shipped() if options.shipped else search_space()
     variants = list(filter(is_wanted, variants))

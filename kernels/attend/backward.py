@@ -145,7 +145,7 @@ def dkv_kernel(
         documents += batch * num_queries
     q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
     if C.BY_DOCUMENT:
-        tokens, row, part, number, count = document_item(lists.items, item, batch, work)
+        tokens, row, part, piece, pieces = document_item(lists.items, item, batch, work)
         first, k_end, base, q_end = tokens
         if k_end == 0:
             return
@@ -174,7 +174,7 @@ def dkv_kernel(
         exists, head = head >= 0, tl.maximum(head, 0)
         if C.BY_DOCUMENT:
             start, stop = document_entries(
-                lists, head, row, rows, q_end - base, number, count, q_order, BLOCK_I, C.Q_ORDER,
+                lists, head, row, rows, q_end - base, piece, pieces, q_order, BLOCK_I, C.Q_ORDER,
                 C.PER_HEAD)  # fmt: skip
         else:
             if C.PER_HEAD:

@@ -72,11 +72,11 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
         there is nothing to do.
     """
     if C.BY_DOCUMENT:
-        tokens, row, part, number, count = document_item(lists.items, item, batch, work)
+        tokens, row, part, piece, pieces = document_item(lists.items, item, batch, work)
         first, q_end, base, k_end = tokens
         k_order = document_order((0, k_run, k_step, k_first), row)
         low, high = document_entries(
-            lists, head, row, rows, k_end - base, number, count, k_order, C.BLOCK_J, C.K_ORDER,
+            lists, head, row, rows, k_end - base, piece, pieces, k_order, C.BLOCK_J, C.K_ORDER,
             C.PER_HEAD)  # fmt: skip
         i = first + tl.maximum(row, 0) * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
         own = own_documents(documents, i, q_end)
@@ -114,16 +114,16 @@ def document_order(order, row):
 
 
 @triton.jit
-def document_entries(lists, head, row, rows, tokens, number, count, order, TILE: tl.constexpr,
+def document_entries(lists, head, row, rows, tokens, piece, pieces, order, TILE: tl.constexpr,
                      ORDER: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
-    """The entries of part ``number`` of ``count`` of a row, in a document of so many tokens."""
+    """The entries of one of ``pieces`` of a row, in a document of so many tokens."""
     offsets = lists.offsets + tl.maximum(row, 0)
     if PER_HEAD:
         offsets += head * (rows + 1)
     low = tl.where(row < 0, 0, tl.load(offsets))
     high = tl.where(row < 0, tl.cdiv(tokens, TILE), tl.load(offsets + 1))
     high = entries_before(lists.entries, low, high, tokens, order, TILE, ORDER)
-    return low + (high - low) * number // count, low + (high - low) * (number + 1) // count
+    return low + (high - low) * piece // pieces, low + (high - low) * (piece + 1) // pieces
 
 
 @triton.jit
