@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend.visit import (
+    ROW,
     document_entries,
     document_item,
-    document_order,
     head_and_batch,
     is_whole,
     narrowed,
@@ -23,6 +23,7 @@ from kernels.attend.visit import (
     part_number,
     query_row,
     seen_cells,
+    starts_of,
     store_part,
     work_item,
 )
@@ -63,7 +64,7 @@ def dq_kernel(
     i, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
         q_step, k_run, k_step, k_first, C)  # fmt: skip
-    if C.BY_DOCUMENT:
+    if C.TILES != ROW:
         if q_end == 0:
             return
     numbers = read_numbers(table + head * table_stride, RULE)
@@ -87,7 +88,7 @@ def dq_kernel(
         tl.store(row_stats.shift + row_base + i, shift, mask=i < q_end)
         tl.store(row_stats.lse2 + row_base + i, lse, mask=i < q_end)
     dout_tile = dout_tile.to(q_tile.dtype)
-    i_position = own_positions(q_position, batch, head, i, q_end, own)
+    i_position = own_positions(q_position, batch, head, i, q_end, own, C.TILES)
 
     acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     upcoming = tl.load(lists.entries + low)
@@ -106,11 +107,11 @@ def dq_kernel(
         weight = tl.exp2(score * (scale * LOG2_E) - lse[:, None])
         dscore = weight * (dweight - shift[:, None])
         last = base + token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
-        whole = is_whole(tile, documents, own, j, k_end, C.BY_DOCUMENT) & (last < k_end)
+        whole = is_whole(tile, documents, own, j, k_end, C.TILES) & (last < k_end)
         if whole == 0:
             seen = seen_cells(
                 i_position, q_position, k_position, batch, kv_head, numbers, documents, own, j,
-                k_end, RULE, False)  # fmt: skip
+                k_end, base, RULE, False, C.TILES)  # fmt: skip
             dscore = tl.where(seen & (j < k_end)[None, :], dscore, 0.0)
         acc = tl.dot(dscore.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
@@ -143,27 +144,27 @@ def dkv_kernel(
     item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     if documents is not None:
         documents += batch * num_queries
-    q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
-    if C.BY_DOCUMENT:
-        tokens, row, part, piece, pieces = document_item(lists.items, item, batch, work)
-        first, k_end, base, q_end = tokens
-        if k_end == 0:
-            return
-        k_order = document_order(k_order, row)
-        j = tl.maximum(row, 0) * BLOCK_J + tl.arange(0, BLOCK_J)
-        j = first + token_of(j, k_order, C.K_ORDER)
-    else:
+    if C.TILES == ROW:
         # Rows and parts are the same for every head.
         row, low, high, part = work_item(lists.items, item, kv_head, work, False, C.CUT)
         base, q_end, k_end = 0, num_queries, num_keys
         residue = row // rows
         q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
         j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        own = own_documents(documents, j, num_keys)
+    else:
+        q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
+        first, k_end, base, q_end, row, part, piece, pieces = document_item(
+            lists.items, item, batch, work, C.TILES
+        )
+        if k_end == 0:
+            return
+        j = first + token_of(row * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        own = starts_of(documents, j, k_end, base, C.TILES)
     d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_tile = load_rows(k, batch, kv_head, j, k_end, d, C.D)
     v_tile = load_rows(v, batch, kv_head, j, k_end, d_value, C.DV)
-    own = own_documents(documents, j, k_end)
-    j_position = own_positions(k_position, batch, kv_head, j, k_end, own)
+    j_position = own_positions(k_position, batch, kv_head, j, k_end, own, C.TILES)
 
     dk_acc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_J, BLOCK_DV), tl.float32)
@@ -172,16 +173,16 @@ def dkv_kernel(
         if sharing is not None:
             head = tl.load(sharing + tl.program_id(0) // work % launch_heads * C.SHARED + n)
         exists, head = head >= 0, tl.maximum(head, 0)
-        if C.BY_DOCUMENT:
-            start, stop = document_entries(
-                lists, head, row, rows, q_end - base, piece, pieces, q_order, BLOCK_I, C.Q_ORDER,
-                C.PER_HEAD)  # fmt: skip
-        else:
+        if C.TILES == ROW:
             if C.PER_HEAD:
                 _, low, high, _ = work_item(lists.items, item, head, work, True, False)
             start, stop = narrowed(
                 lists.entries, low, high, documents, own, num_queries, q_order, BLOCK_I, C.Q_ORDER
             )
+        else:
+            start, stop = document_entries(
+                lists, head, row, rows, q_end - base, piece, pieces, q_order, BLOCK_I, C.Q_ORDER,
+                C.PER_HEAD, C.TILES)  # fmt: skip
         stop = tl.where(exists, stop, start)
         numbers = read_numbers(table + head * table_stride, RULE)
         row_base = (batch * heads + head) * num_queries
@@ -206,11 +207,11 @@ def dkv_kernel(
             dout_tile = dout_tile.to(q_tile.dtype)
             score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # (j, i)
             weight = tl.exp2(score * (scale * LOG2_E) - lse2[None, :])
-            whole = is_whole(tile, documents, own, i, q_end, C.BY_DOCUMENT)
+            whole = is_whole(tile, documents, own, i, q_end, C.TILES)
             if whole == 0:
                 seen = seen_cells(
                     j_position, k_position, q_position, batch, head, numbers, documents, own, i,
-                    q_end, RULE, True)  # fmt: skip
+                    q_end, base, RULE, True, C.TILES)  # fmt: skip
                 weight = tl.where(seen, weight, 0.0)
             dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             dv_acc = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")

@@ -3,7 +3,7 @@
 A pattern counts positions from the start of each document. So a long document is cut into tiles
 from its own start on, and visits what one tile list shows of a document as long as the row. Short
 documents share the tiles of the row, and see all tiles of their documents, cell by cell. Which
-documents there are, only the device knows: it plans, and the host gives it room.
+documents there are only the device knows: it plans, and the host gives it room.
 """
 
 from dataclasses import dataclass
@@ -18,8 +18,7 @@ from kernels.attend.setup import Setup
 from kernels.common.jit import kernel
 from kernels.common.loads import token_of
 
-ITEM = 8  # numbers of an item
-CUT = 5  # numbers of a row that is cut
+LONG_ITEM, SHORT_ITEM, CUT = 6, 4, 5  # numbers of an item, and of a row that is cut
 _LANES = 256
 
 
@@ -28,15 +27,18 @@ class Plan:
     """What programs do in each row of documents.
 
     Args:
-        items: ``(B, programs, 8)`` int32: where the own tokens of an item begin, and the limit of
-            them (0: nothing to do); where the tokens begin that its list counts from, and the limit
-            of them; row of the list (-1: all tiles, dense); number of the part that the result is
-            (-1: a whole row); which part of how many.
-        cut: ``(B, cut rows, 5)`` int32: begin and limit of the own tokens, row, first part, parts.
+        long: ``(B, programs, 6)`` int32: where a document begins, and the limit of it (0: nothing
+            to do); row of the list; number of the part that the result is (-1: a whole row); which
+            part of how many.
+        short: ``(B, tiles of the row, 4)`` int32: where the own tokens begin, and the limit of them
+            (0: nothing to do); the same of the tokens that their documents have.
+        cut: ``(B, cut rows, 5)`` int32: where a document begins, and the limit of it; row, first
+            part, parts; None if no row is cut.
         cuts: how many rows are cut, ``(B,)`` int32.
     """
 
-    items: Tensor
+    long: Tensor
+    short: Tensor
     cut: Tensor | None
     cuts: Tensor | None
 
@@ -51,32 +53,29 @@ def first_tokens_of(documents: Tensor) -> Tensor:
     return first
 
 
-def plan_of(
-    setup: Setup, pass_: Pass, starts: Tensor | None, own_keys: bool = False
-) -> Plan | None:  # fmt: skip
-    """Plan one launch; None if documents have no tiles of their own.
+def plan_of(setup: Setup, pass_: Pass, starts: Tensor, own_keys: bool) -> Plan:
+    """Plan the launches of a pass in one direction.
 
     Args:
+        setup: for long documents.
         starts: the first token of each token's document, ``(B, L)`` int32.
         own_keys: programs own tiles of keys, and visit queries.
     """
-    if not pass_.by_document:
-        return None
-    work, C = setup.work, setup.constants
-    B, L = starts.shape
-    items = starts.new_empty((B, len(work), ITEM))
+    work, C, (B, L) = setup.work, setup.constants, starts.shape
+    long = starts.new_empty((B, len(work), LONG_ITEM))
+    short = starts.new_empty((B, len(setup.short.work), SHORT_ITEM))
     cut = cuts = None
     if work.parts:
         cut, cuts = starts.new_empty((B, work.parts // 2, CUT)), starts.new_empty(B)
     own, other = (C.BLOCK_J, C.BLOCK_I) if own_keys else (C.BLOCK_I, C.BLOCK_J)
     order = pass_.k_order if own_keys else pass_.q_order
     plan_kernel[(B,)](
-        starts, items, cut, cuts, work.longest, L, L.bit_length(), work.short, work.most, len(work),
-        work.parts // 2, order.run, order.step, order.first,
+        starts, long, short, cut, cuts, work.longest, L, L.bit_length(), work.short, work.most,
+        len(work), work.parts // 2, order.run, order.step, order.first,
         ORDER=C.K_ORDER if own_keys else C.Q_ORDER, OWN=own, OTHER=other,
         CAUSAL=pass_.pattern.is_causal, OWN_KEYS=own_keys, LANES=_LANES,
     )  # fmt: skip
-    return Plan(items, cut, cuts)
+    return Plan(long, short, cut, cuts)
 
 
 @kernel
@@ -93,87 +92,94 @@ def first_tokens_kernel(documents, starts, length, bits, LANES: tl.constexpr):
 
 @kernel
 def plan_kernel(
-    starts, items, cut, cuts, longest, length, bits, short, most, work, room, run, step, first_cell,
+    starts, long, short_items, cut, cuts, longest, length, bits, short, most, work, room,
+    run, step, first,
     ORDER: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr,
     OWN_KEYS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The items of one row of documents.
 
-    Every tile of the row may have three: the tile of a long document that begins in it, that of
-    another which does, and the tokens of short documents that stand in it, side by side.
+    In a tile of the row at most two tiles of long documents begin: one of the document that holds
+    its first token, and the first one of that which holds its last token. What stands between these
+    documents are short ones.
     """
-    batch = tl.program_id(0).to(tl.int64)
+    batch, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(length, OWN)
     starts += batch * length
-    items += batch * work * 8
+    long += batch * work * 6
+    short_items += batch * tiles * 4
     used, used_cuts, used_parts = 0, 0, 0
-    for chunk in range(0, 3 * tl.cdiv(length, OWN), LANES):
+    for chunk in range(0, 2 * tiles, LANES):
         slot = chunk + tl.arange(0, LANES)
-        low = slot // 3 * OWN
-        exists = low < length
-        low = tl.minimum(low, length - 1)
+        is_last = slot % 2 == 1
+        low = tl.minimum(slot // 2 * OWN, length - 1)
         high = tl.minimum(low + OWN, length) - 1
-        a_begin, b_begin = tl.load(starts + low), tl.load(starts + high)
-        a_end = _first_at_least(starts, a_begin + 1, length, bits)
-        b_end = _first_at_least(starts, b_begin + 1, length, bits)
-        a_long, b_long = a_end - a_begin >= short, b_end - b_begin >= short
+        begin, other = tl.load(starts + low), tl.load(starts + high)
+        is_two = begin != other
+        first_begin, last_begin = begin, other
+        first_end = _first_at_least(starts, begin + 1, length, bits)
+        last_end = _first_at_least(starts, other + 1, length, bits)
+        first_long, last_long = first_end - begin >= short, last_end - other >= short
 
-        # A tile of the document of the first token, or the first tile of that of the last one.
-        is_first, is_short = slot % 3 == 0, slot % 3 == 2
-        row = tl.where(is_first, (low - a_begin + OWN - 1) // OWN, 0)
-        begin, end = tl.where(is_first, a_begin, b_begin), tl.where(is_first, a_end, b_end)
-        reached = token_of(row * OWN, (0, run, step, first_cell), ORDER) < end - begin
-        is_long = tl.where(is_first, a_long, b_long & (a_begin != b_begin)) & reached
-        is_long = is_long & (begin + row * OWN <= high) & (is_short == 0) & exists
-
-        # The tokens of short documents between them.
-        piece = tl.where(a_long, a_end, low)
-        piece_end = tl.where(b_long, b_begin, high + 1)
-        base, stop = tl.where(a_long, a_end, a_begin), tl.where(b_long, b_begin, b_end)
-        if CAUSAL and OWN_KEYS:
-            base = piece
-        elif CAUSAL:
-            stop = piece_end
-
-        is_short = is_short & (piece < piece_end) & exists
-        parts = (is_long | is_short).to(tl.int32)
+        row = tl.where(is_last, 0, (low - begin + OWN - 1) // OWN)
+        begin = tl.where(is_last, last_begin, first_begin)
+        end = tl.where(is_last, last_end, first_end)
+        reached = token_of(row * OWN, (0, run, step, first), ORDER) < end - begin
+        exists = tl.where(is_last, last_long & is_two, first_long) & reached
+        exists = exists & (begin + row * OWN <= high) & (slot < 2 * tiles)
+        parts = exists.to(tl.int32)
         if cut is not None:
-            count = tl.load(longest + row, mask=is_long, other=0)
+            count = tl.load(longest + row, mask=exists, other=0)
             count = tl.minimum(count, tl.cdiv(end - begin, OTHER))
-            parts = tl.where(is_long, tl.maximum(tl.cdiv(count, most), 1), parts)
-        own = tl.where(is_long, begin, piece)
-        own_end = tl.where(is_long, end, piece_end)
-        base, stop = tl.where(is_long, begin, base), tl.where(is_long, end, stop)
+            parts = parts * tl.maximum(tl.cdiv(count, most), 1)
         place = used + tl.cumsum(parts, axis=0) - parts
         part = tl.full((LANES,), -1, tl.int32)
         if cut is not None:
-            is_cut = (parts > 1).to(tl.int32)
-            cut_parts = parts * is_cut
-            part = tl.where(is_cut > 0, used_parts + tl.cumsum(cut_parts, axis=0) - cut_parts, -1)
-            at = cut + (batch * room + used_cuts + tl.cumsum(is_cut, axis=0) - is_cut) * 5
-            tl.store(at, own, mask=is_cut > 0)
-            tl.store(at + 1, own_end, mask=is_cut > 0)
-            tl.store(at + 2, row, mask=is_cut > 0)
-            tl.store(at + 3, part, mask=is_cut > 0)
-            tl.store(at + 4, parts, mask=is_cut > 0)
-            used_cuts += tl.sum(is_cut, axis=0)
-            used_parts += tl.sum(cut_parts, axis=0)
+            is_cut = parts > 1
+            pieces = tl.where(is_cut, parts, 0)
+            part = tl.where(is_cut, used_parts + tl.cumsum(pieces, axis=0) - pieces, -1)
+            number = used_cuts + tl.cumsum(is_cut.to(tl.int32), axis=0) - 1
+            _store_numbers(
+                cut + (batch * room + number) * 5, is_cut, begin, end, row, part, parts
+            )
+            used_cuts += tl.sum(is_cut.to(tl.int32), axis=0)
+            used_parts += tl.sum(pieces, axis=0)
         for n in range(0, tl.max(parts, axis=0)):
-            at, mask = items + (place + n) * 8, n < parts
-            tl.store(at, own, mask=mask)
-            tl.store(at + 1, own_end, mask=mask)
-            tl.store(at + 2, base, mask=mask)
-            tl.store(at + 3, stop, mask=mask)
-            tl.store(at + 4, tl.where(is_long, row, -1), mask=mask)
-            tl.store(at + 5, tl.where(part < 0, -1, part + n), mask=mask)
-            tl.store(at + 6, tl.full((LANES,), 0, tl.int32) + n, mask=mask)
-            tl.store(at + 7, parts, mask=mask)
+            at, mask = long + (place + n) * 6, n < parts
+            _store_numbers(at, mask, begin, end, row, tl.where(part < 0, -1, part + n), parts * 0 + n)
+            tl.store(at + 5, parts, mask=mask)
         used += tl.sum(parts, axis=0)
+
+        own, own_end = tl.where(first_long, first_end, low), tl.where(last_long, last_begin, high + 1)
+        base = tl.where(first_long, first_end, first_begin)
+        stop = tl.where(last_long, last_begin, last_end)
+        if CAUSAL and OWN_KEYS:
+            base = own
+        elif CAUSAL:
+            stop = own_end
+        own_end = tl.where(own < own_end, own_end, 0)
+        at, mask = short_items + slot // 2 * 4, is_last & (slot < 2 * tiles)
+        tl.store(at, own, mask=mask)
+        tl.store(at + 1, own_end, mask=mask)
+        tl.store(at + 2, base, mask=mask)
+        tl.store(at + 3, stop, mask=mask)
+    nothing = tl.full((LANES,), 0, tl.int32)
     for chunk in range(used, work, LANES):
         item = chunk + tl.arange(0, LANES)
-        for n in range(8):  # of no tokens, and one part
-            tl.store(items + item * 8 + n, tl.full((LANES,), n // 7, tl.int32), mask=item < work)
+        at, mask = long + item * 6, item < work
+        _store_numbers(at, mask, nothing, nothing, nothing, nothing - 1, nothing)
+        tl.store(at + 5, nothing + 1, mask=mask)
     if cut is not None:
         tl.store(cuts + batch, used_cuts)
+
+
+@triton.jit
+def _store_numbers(at, mask, a, b, c, d, e):
+    """Store five neighbouring numbers of each item."""
+    tl.store(at, a, mask=mask)
+    tl.store(at + 1, b, mask=mask)
+    tl.store(at + 2, c, mask=mask)
+    tl.store(at + 3, d, mask=mask)
+    tl.store(at + 4, e, mask=mask)
 
 
 @triton.jit

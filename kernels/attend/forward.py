@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.attend.visit import (
+    ROW,
     head_and_batch,
     is_whole,
     own_positions,
@@ -41,14 +42,14 @@ def forward_kernel(
     i, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
         q_step, k_run, k_step, k_first, C)  # fmt: skip
-    if C.BY_DOCUMENT:
+    if C.TILES != ROW:
         if q_end == 0:
             return
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_tile = load_rows(q, batch, head, i, q_end, d, C.D)
-    i_position = own_positions(q_position, batch, head, i, q_end, own)
+    i_position = own_positions(q_position, batch, head, i, q_end, own, C.TILES)
 
     row_max = tl.full((BLOCK_I,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_I,), tl.float32)
@@ -63,11 +64,11 @@ def forward_kernel(
         )
         score = tl.dot(q_tile, tl.trans(k_tile), input_precision="ieee")
         last = base + token_of(index + BLOCK_J - 1, k_order, C.K_ORDER)
-        whole = is_whole(tile, documents, own, j, k_end, C.BY_DOCUMENT) & (last < k_end)
+        whole = is_whole(tile, documents, own, j, k_end, C.TILES) & (last < k_end)
         if whole == 0:
             seen = seen_cells(
                 i_position, q_position, k_position, batch, kv_head, numbers, documents, own, j,
-                k_end, RULE, False)  # fmt: skip
+                k_end, base, RULE, False, C.TILES)  # fmt: skip
             score = tl.where(seen & (j < k_end)[None, :], score, float("-inf"))
         weight, shrink, row_max, row_sum = softmax_step(score, row_max, row_sum, scale * LOG2_E)
         v_tile = load_tile(

@@ -1,6 +1,7 @@
 """Launching the kernels of `attend`: every pass of a pattern, forward and backward."""
 
 import threading
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,12 +9,12 @@ from torch import Tensor
 from kernels.attend.backward import RowStats, dkv_kernel, dq_kernel
 from kernels.attend.call import Call
 from kernels.attend.descriptors import boxes_of
-from kernels.attend.documents import Plan, first_tokens_of, plan_of
+from kernels.attend.documents import first_tokens_of, plan_of
 from kernels.attend.forward import forward_kernel
 from kernels.attend.parts import merge_parts_kernel, sum_parts_kernel
 from kernels.attend.passes import Pass
 from kernels.attend.setup import Setup, chains_of, setup_of
-from kernels.attend.visit import Positions
+from kernels.attend.visit import LONG, SHORT, Lists, Positions
 from kernels.common.loads import view_of
 from kernels.patterns.order import SEQUENCE, Order
 
@@ -65,7 +66,13 @@ def _with_first_tokens(call: Call) -> Call:
     """The call as kernels take it: a document is known by its first token, where it begins."""
     if call.documents is None:
         return call
-    return call._replace(documents=first_tokens_of(call.documents))
+    starts = first_tokens_of(call.documents)
+    call = call._replace(documents=starts)
+    if call.listed is None:
+        return call
+    counted = torch.arange(starts.shape[1], device=starts.device) - starts[:, None]
+    q_position, k_position = (counted if x is None else x for x in (call.q_position, call.k_position))
+    return call._replace(q_position=q_position, k_position=k_position)
 
 
 def _chains(q: Tensor, k: Tensor, call: Call) -> list[tuple[Pass, ...]]:
@@ -87,77 +94,102 @@ def _chained_dkv(chain: tuple[Pass, ...], q, k, v, call, dout, row_stats, dk, dv
     launch_dkv(passes[-1], q, k, v, call, dout, row_stats, dk, dv, previous)
 
 
+class _Launch(NamedTuple):
+    """One launch of a kernel: of a pass there are two where documents have tiles of their own."""
+
+    setup: Setup
+    lists: Lists
+    cut: Tensor | None  # rows whose parts are merged
+    cuts: Tensor | None  # how many of them are, in each row of documents
+
+
+def _launches(pass_: Pass, direction: str, q, k, v, call: Call) -> list[_Launch]:
+    setup = setup_of(pass_, direction, q, k, v, call)
+    if setup.short is None:
+        return [_Launch(setup, setup.lists, setup.work.cut, None)]
+    plan, short = plan_of(setup, pass_, call.documents, direction == "dkv"), setup.short
+    return [
+        _Launch(setup, setup.lists._replace(items=plan.long), plan.cut, plan.cuts),
+        _Launch(short, short.lists._replace(items=plan.short), None, None),
+    ]
+
+
 def launch_forward(pass_: Pass, q, k, v, call: Call, out, lse, previous: Tensor | None) -> None:
     """Attend, merged with ``previous`` and what ``lse`` holds if there is a pass before."""
-    setup = setup_of(pass_, "forward", q, k, v, call)
-    C, programs = setup.constants, len(q) * setup.launch_heads
-    plan = plan_of(setup, pass_, call.documents)
-    boxes = _boxes(pass_, pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
-    part_out = _empty_parts(setup, q, C.BLOCK_I, C.DV)
-    part_lse = _empty_parts(setup, q, C.BLOCK_I, 1)
     out, previous = view_of(out), view_of(previous)
-    forward_kernel[(len(setup.work) * programs,)](
-        view_of(q), view_of(k), view_of(v), *boxes, out, lse, previous, part_out, part_lse,
-        *_shared(setup, plan, call, q, k), **setup.compiled,
-    )  # fmt: skip
-    if C.CUT:
-        chunks = setup.work.cuts * C.BLOCK_I // MERGED_ROWS
-        merge_parts_kernel[(chunks * programs,)](
-            out, lse, previous, part_out, part_lse, *_cuts(setup, plan), setup.lists.head_of,
-            q.shape[1], *_counts_of_parts(setup, q), 1, pass_.q_order.step, 0,
-            C.Q_ORDER, C.BLOCK_I, C.DV, C.BLOCK_DV, MERGED_ROWS, MERGED_PARTS,
+    for launch in _launches(pass_, "forward", q, k, v, call):
+        setup, C = launch.setup, launch.setup.constants
+        programs = len(q) * setup.launch_heads
+        boxes = _boxes(setup, pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
+        part_out = _empty_parts(setup, q, C.BLOCK_I, C.DV)
+        part_lse = _empty_parts(setup, q, C.BLOCK_I, 1)
+        forward_kernel[(len(setup.work) * programs,)](
+            view_of(q), view_of(k), view_of(v), *boxes, out, lse, previous, part_out, part_lse,
+            *_shared(launch, call, q, k), **setup.compiled,
         )  # fmt: skip
+        if C.CUT:
+            chunks = setup.work.cuts * C.BLOCK_I // MERGED_ROWS
+            merge_parts_kernel[(chunks * programs,)](
+                out, lse, previous, part_out, part_lse, launch.cut, launch.cuts,
+                setup.lists.head_of, q.shape[1], *_counts_of_parts(setup, q), 1, pass_.q_order.step,
+                0, C.Q_ORDER, C.BLOCK_I, C.DV, C.BLOCK_DV, MERGED_ROWS, MERGED_PARTS,
+            )  # fmt: skip
 
 
 def launch_dq(
     pass_: Pass, q, k, v, call: Call, out, dout, lse, dlse, row_stats, dq, previous: Tensor | None
 ) -> None:  # fmt: skip
     """Gradient of the queries, added to ``previous``; the first pass fills ``row_stats``."""
-    setup = setup_of(pass_, "dq", q, k, v, call)
-    C, programs = setup.constants, len(q) * setup.launch_heads
-    plan = plan_of(setup, pass_, call.documents)
-    boxes = _boxes(pass_, pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
-    part_dq = _empty_parts(setup, q, C.BLOCK_I, C.D)
     dq, previous = view_of(dq), view_of(previous)
-    dq_kernel[(len(setup.work) * programs,)](
-        view_of(q), view_of(k), view_of(v), *boxes, view_of(out), view_of(dout), lse, dlse,
-        row_stats, dq, previous, part_dq, *_shared(setup, plan, call, q, k), **setup.compiled,
-    )  # fmt: skip
-    if C.CUT:
-        order = 1, pass_.q_order.step, 0, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
-        _sum_parts(setup, plan, q, dq, previous, part_dq, *order)
+    for launch in _launches(pass_, "dq", q, k, v, call):
+        setup, C = launch.setup, launch.setup.constants
+        boxes = _boxes(setup, pass_.k_order, C.BLOCK_J, k, C.BLOCK_D, v, C.BLOCK_DV)
+        part_dq = _empty_parts(setup, q, C.BLOCK_I, C.D)
+        dq_kernel[(len(setup.work) * len(q) * setup.launch_heads,)](
+            view_of(q), view_of(k), view_of(v), *boxes, view_of(out), view_of(dout), lse, dlse,
+            row_stats, dq, previous, part_dq, *_shared(launch, call, q, k), **setup.compiled,
+        )  # fmt: skip
+        if C.CUT:
+            order = 1, pass_.q_order.step, 0, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
+            _sum_parts(launch, q, dq, previous, part_dq, *order)
 
 
 def launch_dkv(
     pass_: Pass, q, k, v, call: Call, dout, row_stats, dk, dv, previous: list[Tensor] | None
 ) -> None:  # fmt: skip
     """Gradients of keys and values, added to ``previous``, a pair."""
-    setup = setup_of(pass_, "dkv", q, k, v, call)
-    C, order = setup.constants, pass_.k_order
-    plan = plan_of(setup, pass_, call.documents, own_keys=True)
-    boxes = _boxes(pass_, pass_.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
-    part_dk = _empty_parts(setup, q, C.BLOCK_J, C.D)
-    part_dv = _empty_parts(setup, q, C.BLOCK_J, C.DV)
     dk, dv = view_of(dk), view_of(dv)
     previous_dk, previous_dv = map(view_of, previous or (None, None))
-    dkv_kernel[(len(setup.work) * len(q) * setup.launch_heads,)](
-        view_of(q), view_of(k), view_of(v), *boxes, view_of(dout), row_stats,
-        dk, dv, previous_dk, previous_dv, part_dk, part_dv, setup.sharing,
-        *_shared(setup, plan, call, q, k), **setup.compiled,
-    )  # fmt: skip
-    if C.CUT:
-        order = order.run, order.step, order.first, C.K_ORDER, C.BLOCK_J
-        _sum_parts(setup, plan, k, dk, previous_dk, part_dk, *order, C.D, C.BLOCK_D)
-        _sum_parts(setup, plan, k, dv, previous_dv, part_dv, *order, C.DV, C.BLOCK_DV)
+    order = pass_.k_order
+    for launch in _launches(pass_, "dkv", q, k, v, call):
+        setup, C = launch.setup, launch.setup.constants
+        boxes = _boxes(setup, pass_.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
+        part_dk = _empty_parts(setup, q, C.BLOCK_J, C.D)
+        part_dv = _empty_parts(setup, q, C.BLOCK_J, C.DV)
+        dkv_kernel[(len(setup.work) * len(q) * setup.launch_heads,)](
+            view_of(q), view_of(k), view_of(v), *boxes, view_of(dout), row_stats,
+            dk, dv, previous_dk, previous_dv, part_dk, part_dv, setup.sharing,
+            *_shared(launch, call, q, k), **setup.compiled,
+        )  # fmt: skip
+        if C.CUT:
+            place = order.run, order.step, order.first, C.K_ORDER, C.BLOCK_J
+            _sum_parts(launch, k, dk, previous_dk, part_dk, *place, C.D, C.BLOCK_D)
+            _sum_parts(launch, k, dv, previous_dv, part_dv, *place, C.DV, C.BLOCK_DV)
 
 
-def _shared(setup: Setup, plan: Plan | None, call: Call, q: Tensor, k: Tensor) -> tuple:
+def _boxes(setup: Setup, order: Order, *tiles):
+    """Descriptors of tiles; gathered tokens of a document may begin anywhere, where none fits."""
+    if setup.constants.TILES == LONG and order != SEQUENCE:
+        return None, None
+    return boxes_of(SEQUENCE if setup.constants.TILES == SHORT else order, *tiles)
+
+
+def _shared(launch: _Launch, call: Call, q: Tensor, k: Tensor) -> tuple:
     """What all three kernels take behind their tensors."""
     q_position = _positions(call.q_position, q)
     k_position = _positions(call.k_position, k)
     where = call.documents, q_position, k_position
-    lists = setup.lists if plan is None else setup.lists._replace(items=plan.items)
-    return (lists, setup.table, *where, call.scale, *setup.counts)
+    return (launch.lists, launch.setup.table, *where, call.scale, *launch.setup.counts)
 
 
 def _positions(position: Tensor | None, x: Tensor) -> Positions | None:
@@ -178,31 +210,21 @@ def _empty_parts(setup: Setup, x: Tensor, block: int, size: int) -> Tensor | Non
 
 
 def _sum_parts(
-    setup: Setup, plan, x: Tensor, dx, previous, part_dx, run, step, first, order, block, *sizes
+    launch: _Launch, x: Tensor, dx, previous, part_dx, run, step, first, order, block, *sizes
 ):
     """Add up the parts of ``dx``, a gradient of ``x``."""
+    setup = launch.setup
     programs = setup.work.cuts * len(x) * setup.launch_heads * block // MERGED_ROWS
     sum_parts_kernel[(programs,)](
-        dx, previous, part_dx, *_cuts(setup, plan), setup.lists.head_of, *_counts_of_parts(setup, x),
-        run, step, first, order, block, *sizes, MERGED_ROWS, MERGED_PARTS,
+        dx, previous, part_dx, launch.cut, launch.cuts, setup.lists.head_of,
+        *_counts_of_parts(setup, x), run, step, first, order, block, *sizes, MERGED_ROWS,
+        MERGED_PARTS,
     )  # fmt: skip
 
 
 def _counts_of_parts(setup: Setup, x: Tensor) -> tuple[int, ...]:
     work = setup.work
     return setup.launch_heads, work.cuts, work.parts, work.parts // 2, work.rows, x.shape[2]
-
-
-def _cuts(setup: Setup, plan: Plan | None) -> tuple[Tensor, Tensor | None]:
-    """The rows that are cut, and how many of them there are in each row of documents."""
-    return (setup.work.cut, None) if plan is None else (plan.cut, plan.cuts)
-
-
-def _boxes(pass_: Pass, order: Order, *tiles):
-    """Descriptors of tiles; gathered tokens of a document may begin anywhere, where none fits."""
-    if pass_.by_document and order != SEQUENCE:
-        return None, None
-    return boxes_of(order, *tiles)
 
 
 def empty_output(q: Tensor, v: Tensor, dtype: torch.dtype) -> Tensor:

@@ -65,8 +65,8 @@ def in_one_pass(pattern: Pattern, heads: int) -> tuple[tuple[Pass, ...], ...]:
 
 
 def _pass(pattern: Pattern, heads: tuple[int, ...], order, packed: bool) -> Pass:
-    # Where only distances count, tiles may begin anywhere: those of the row serve all documents.
-    return Pass(pattern, heads, *order, by_document=packed and not pattern.knows_distance_only)
+    # A residue class of the row serves all documents, as long as distances alone count.
+    return Pass(pattern, heads, *order, by_document=packed and order[0].residues == 1)
 
 
 def _split(pattern: Pattern) -> list[tuple[Pattern, tuple[Order, Order]]]:

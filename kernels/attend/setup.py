@@ -10,13 +10,21 @@ from torch import Tensor
 
 from kernels.attend.call import Call
 from kernels.attend.passes import Pass, chains, in_one_pass
-from kernels.attend.tuning import LONG, Config, config_for, forced_now
-from kernels.attend.visit import Lists
-from kernels.attend.work import DocumentWork, Work, rule_and_table, work_of
+from kernels.attend.tuning import LONG as LONG_ROWS
+from kernels.attend.tuning import Config, config_for, forced_now
+from kernels.attend.visit import LONG, ROW, SHORT, Lists
+from kernels.attend.work import (
+    DocumentWork,
+    ShortWork,
+    Work,
+    rule_and_table,
+    short_work,
+    work_of,
+)
 from kernels.common.loads import GATHERED, PLAIN, RESIDUES
 from kernels.patterns import Pattern
 from kernels.patterns.algebra import Nothing
-from kernels.patterns.order import Order
+from kernels.patterns.order import SEQUENCE, Order
 
 
 class Sizes(NamedTuple):
@@ -42,7 +50,7 @@ class Constants:
         CUT: long rows are cut into parts.
         SHARED: the most query heads of those launched that share a key head.
         STAGES: of the pipeline that loads tiles.
-        BY_DOCUMENT: every document has tiles of its own.
+        TILES: which tiles programs own (``kernels.attend.visit``).
     """
 
     Q_ORDER: int
@@ -57,7 +65,7 @@ class Constants:
     CUT: bool
     SHARED: int
     STAGES: int
-    BY_DOCUMENT: bool
+    TILES: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,10 +78,11 @@ class Setup:
             None if query head n has key head n.
         counts: what all three kernels take behind the scale.
         compiled: keyword arguments that decide what is compiled.
+        short: the setup for short documents, if this is that for long ones.
     """
 
     config: Config
-    work: Work | DocumentWork
+    work: Work | DocumentWork | ShortWork
     lists: Lists
     launch_heads: int
     sharing: Tensor | None
@@ -81,6 +90,7 @@ class Setup:
     counts: tuple[int, ...]
     constants: Constants
     compiled: dict
+    short: "Setup | None" = None
 
 
 @functools.lru_cache(maxsize=256)
@@ -126,7 +136,7 @@ def _planned(
     inverse = direction == "dkv"
     config = config_for(*kind).fit(*lengths)
     work = work_of(pass_, heads, num_queries, num_keys, config.tile, inverse, device)
-    if work.mean_tiles * config.tile[not inverse] >= LONG:
+    if work.mean_tiles * config.tile[not inverse] >= LONG_ROWS:
         config = config_for(*kind, "long").fit(*lengths)
         work = work_of(pass_, heads, num_queries, num_keys, config.tile, inverse, device)
     return _make_setup(pass_, direction, sizes, device, config, work)
@@ -134,7 +144,7 @@ def _planned(
 
 def _make_setup(
     pass_: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config,
-    work: Work | DocumentWork,
+    work: Work | DocumentWork | ShortWork,
 ) -> Setup:  # fmt: skip
     heads, kv_heads, num_queries, num_keys, D, DV = sizes
     kv_group = heads // kv_heads
@@ -145,7 +155,8 @@ def _make_setup(
         launched = tuple(sorted({head // kv_group for head in pass_.heads}))
         everyone = everyone[:kv_heads]
     head_of = None if launched == everyone else _numbers(launched, device)
-    order = pass_.k_order
+    is_short, short = isinstance(work, ShortWork), None
+    order = SEQUENCE if is_short else pass_.k_order
     counts = (
         table.stride(0) if len(table) > 1 else 0, kv_group, heads, len(launched), len(work),
         work.parts, work.rows, num_queries, num_keys, pass_.q_order.step,
@@ -153,7 +164,7 @@ def _make_setup(
     )  # fmt: skip
     constants = Constants(
         Q_ORDER=_kind(pass_.q_order),
-        K_ORDER=_kind(pass_.k_order),
+        K_ORDER=_kind(order),
         BLOCK_I=config.queries,
         BLOCK_J=config.keys,
         D=D,
@@ -164,13 +175,15 @@ def _make_setup(
         CUT=work.parts > 0,
         SHARED=1 if sharing is None else sharing.shape[1],
         STAGES=config.stages,
-        BY_DOCUMENT=pass_.by_document,
+        TILES=(SHORT if is_short else LONG if pass_.by_document else ROW).value,
     )
     compiled = {"RULE": rule, "C": constants, "num_warps": config.warps}
-    lists = Lists(None, work.entries, head_of, work.offsets) if pass_.by_document else (
-        Lists(work.items, work.entries, head_of)
-    )
-    return Setup(config, work, lists, len(launched), sharing, table, counts, constants, compiled)
+    lists = Lists(getattr(work, "items", None), work.entries, head_of, work.offsets)
+    if isinstance(work, DocumentWork):
+        sides = config.tile if direction != "dkv" else config.tile[::-1]
+        rest = short_work(num_queries, *sides, work.short, device)
+        short = _make_setup(pass_, direction, sizes, device, config, rest)
+    return Setup(config, work, lists, len(launched), sharing, table, counts, constants, compiled, short)
 
 
 def _kind(order: Order) -> int:

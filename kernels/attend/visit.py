@@ -20,6 +20,12 @@ from kernels.common.loads import token_of
 from kernels.patterns.rule_tree import is_visible
 
 
+# Which tiles programs own (``kernels.attend.setup.Constants.TILES``):
+ROW = tl.constexpr(0)  # those of the row
+LONG = tl.constexpr(1)  # those of each long document, counted from its start
+SHORT = tl.constexpr(2)  # those of the row, of which only tokens of short documents are taken
+
+
 class Lists(NamedTuple):
     """Addresses of the work of all programs (``kernels.attend.work``), and of their heads."""
 
@@ -71,17 +77,7 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
         their limit and order; the entries to visit, and the part that the result is. A limit of 0:
         there is nothing to do.
     """
-    if C.BY_DOCUMENT:
-        tokens, row, part, piece, pieces = document_item(lists.items, item, batch, work)
-        first, q_end, base, k_end = tokens
-        k_order = document_order((0, k_run, k_step, k_first), row)
-        low, high = document_entries(
-            lists, head, row, rows, k_end - base, piece, pieces, k_order, C.BLOCK_J, C.K_ORDER,
-            C.PER_HEAD)  # fmt: skip
-        i = first + tl.maximum(row, 0) * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
-        own = own_documents(documents, i, q_end)
-        return i, q_end, own, base, k_end, k_order, low, high, part
-    else:
+    if C.TILES == ROW:
         row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
         residue = row // rows
         q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
@@ -91,49 +87,73 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
             lists.entries, low, high, documents, own, num_keys, k_order, C.BLOCK_J, C.K_ORDER
         )
         return i, num_queries, own, 0, num_keys, k_order, low, high, part
+    else:
+        k_order = 0, k_run, k_step, k_first
+        first, q_end, base, k_end, row, part, piece, pieces = document_item(
+            lists.items, item, batch, work, C.TILES
+        )
+        i = first + row * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
+        low, high = document_entries(
+            lists, head, row, rows, k_end - base, piece, pieces, k_order, C.BLOCK_J, C.K_ORDER,
+            C.PER_HEAD, C.TILES)  # fmt: skip
+        own = starts_of(documents, i, q_end, base, C.TILES)
+        return i, q_end, own, base, k_end, k_order, low, high, part
 
 
 @triton.jit
-def document_item(items, item, batch, work):
-    """What a plan gives a program: its own tokens ``(first, limit)``, the range of the others, its
-    row and part, and which part of how many (``kernels.attend.documents.Plan``).
+def document_item(items, item, batch, work, TILES: tl.constexpr):
+    """What a plan gives a program (``kernels.attend.documents.Plan``).
+
+    Returns:
+        Where its own tokens begin, and their limit; the same of the others; its row, the part that
+        the result is, and which piece of how many of the row's list it visits.
     """
-    at = items + (batch * work + item) * 8
-    row, part = tl.load(at + 4), tl.load(at + 5)
-    tokens = tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3)
-    return tokens, row, part, tl.load(at + 6), tl.load(at + 7)
-
-
-@triton.jit
-def document_order(order, row):
-    """The order of the tokens of a document: short ones, without a row, have that of the text."""
-    residue, run, step, first = order
-    dense = row < 0
-    run, step = tl.where(dense, 1, run), tl.where(dense, 1, step)
-    return residue, run, step, tl.where(dense, 0, first)
+    if TILES == LONG:
+        at = items + (batch * work + item) * 6
+        begin, end = tl.load(at), tl.load(at + 1)
+        row, part = tl.load(at + 2), tl.load(at + 3)
+        return begin, end, begin, end, row, part, tl.load(at + 4), tl.load(at + 5)
+    else:
+        at = items + (batch * work + item) * 4
+        return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, -1, 0, 1
 
 
 @triton.jit
 def document_entries(lists, head, row, rows, tokens, piece, pieces, order, TILE: tl.constexpr,
-                     ORDER: tl.constexpr, PER_HEAD: tl.constexpr):  # fmt: skip
-    """The entries of one of ``pieces`` of a row, in a document of so many tokens."""
-    offsets = lists.offsets + tl.maximum(row, 0)
-    if PER_HEAD:
-        offsets += head * (rows + 1)
-    low = tl.where(row < 0, 0, tl.load(offsets))
-    high = tl.where(row < 0, tl.cdiv(tokens, TILE), tl.load(offsets + 1))
-    high = entries_before(lists.entries, low, high, tokens, order, TILE, ORDER)
-    return low + (high - low) * piece // pieces, low + (high - low) * (piece + 1) // pieces
+                     ORDER: tl.constexpr, PER_HEAD: tl.constexpr,
+                     TILES: tl.constexpr):  # fmt: skip
+    """The entries of one of ``pieces`` of a row, where the others are so many tokens."""
+    if TILES == SHORT:
+        return 0, tl.cdiv(tokens, TILE)
+    else:
+        offsets = lists.offsets + row
+        if PER_HEAD:
+            offsets += head * (rows + 1)
+        low = tl.load(offsets)
+        high = entries_before(
+            lists.entries, low, tl.load(offsets + 1), tokens, order, TILE, ORDER
+        )
+        return low + (high - low) * piece // pieces, low + (high - low) * (piece + 1) // pieces
 
 
 @triton.jit
-def own_positions(position, batch, head, token, limit, own):
-    """The positions of a program's own tokens: those given, or counted in their document."""
-    if position is None:
-        start, _, _ = own
-        return token - start
+def starts_of(documents, token, limit, start, TILES: tl.constexpr):
+    """Where the documents of tokens begin: at ``start``, or short ones anywhere."""
+    if TILES == LONG:
+        return start
     else:
+        return tl.load(documents + token, mask=token < limit, other=-1)
+
+
+@triton.jit
+def own_positions(position, batch, head, token, limit, own, TILES: tl.constexpr):
+    """The positions of a program's own tokens: those given, or counted in their document."""
+    if position is not None:
         return load_positions(position, batch, head, token, limit)
+    elif TILES == ROW:
+        return token
+    else:
+        return token - own
 
 
 @triton.jit
@@ -145,7 +165,10 @@ def load_positions(position, batch, head, token, limit):
 
 @triton.jit
 def own_documents(documents, token, limit):
-    """``(document, first, last)`` of a program's own tokens; zeros if there are no documents."""
+    """``(document, first, last)`` of a program's own tokens, where tiles are those of the row.
+
+    Zeros if there are no documents.
+    """
     if documents is None:
         return 0, 0, 0
     else:
@@ -166,11 +189,11 @@ def narrowed(entries, low, high, documents, own, limit, order, TILE: tl.constexp
 
 
 @triton.jit
-def is_whole(tile, documents, own, token, limit, BY_DOCUMENT: tl.constexpr):
+def is_whole(tile, documents, own, token, limit, TILES: tl.constexpr):
     """Whether all cells of a listed tile are visible, given its other tokens."""
     whole = tile & 1
     if documents is not None:
-        if not BY_DOCUMENT:
+        if TILES == ROW:
             _, first, last = own
             whole = whole & (first == last)
             whole = whole & is_of_document(documents, token, limit, first)
@@ -179,21 +202,24 @@ def is_whole(tile, documents, own, token, limit, BY_DOCUMENT: tl.constexpr):
 
 @triton.jit
 def seen_cells(own_position, own_given, given, batch, head, numbers, documents, own, token, limit,
-               RULE: tl.constexpr, OWN_KEYS: tl.constexpr):  # fmt: skip
+               start, RULE: tl.constexpr, OWN_KEYS: tl.constexpr,
+               TILES: tl.constexpr):  # fmt: skip
     """The visible cells of a tile (own tokens, other tokens).
 
     Args:
         own_position: of the own tokens.
         own_given, given: positions of the own tokens and of the others that the caller gave, of
             which a negative one hides its token; None: they count in their document.
-        own: what ``own_documents`` gives.
+        own: documents of the own tokens: what ``own_documents`` or ``starts_of`` gives.
         token: the other tokens.
+        start: of their document, if it is long.
         OWN_KEYS: the own tokens are keys, and the others queries.
     """
     position = token
     if documents is not None:
-        document = tl.load(documents + token, mask=token < limit, other=-2)
-        position = token - document
+        document = starts_of(documents, token, limit, start, TILES)
+        if TILES != ROW:
+            position = token - document
     if given is not None:
         position = load_positions(given, batch, head, token, limit)
     # A rule may look a position up in a table.
@@ -208,8 +234,11 @@ def seen_cells(own_position, own_given, given, batch, head, numbers, documents, 
     if given is not None:
         seen = seen & (position >= 0)[None, :]
     if documents is not None:
-        own_document, _, _ = own
-        seen = seen & (own_document[:, None] == document[None, :])
+        if TILES == ROW:
+            own_document, _, _ = own
+            seen = seen & (own_document[:, None] == document[None, :])
+        elif TILES == SHORT:
+            seen = seen & (own[:, None] == document[None, :])
     return seen
 
 

@@ -13,7 +13,7 @@ from kernels.patterns.tiles import TileList, list_tiles
 
 # A row is cut into parts of so many mean rows, but of no fewer tiles than this.
 PART_ROWS, PART_TILES = 2, 16
-SHORT = 512  # a document of fewer tokens sees most of its tiles: it gets no list of its own
+SHORT = 512  # a document of fewer tokens sees most of its tiles: it needs no list of them
 ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
 
 
@@ -38,6 +38,7 @@ class Work:
     parts: int
     rows: int
     list_rows: int
+    offsets = None  # every item says which entries are its own
 
     def __len__(self) -> int:
         """Programs of one batch and head."""
@@ -143,15 +144,14 @@ def make_work(tiles: TileList) -> Work:
 
 @dataclass(frozen=True, eq=False)
 class DocumentWork:
-    """A tile list that serves every document of a row, each with tiles of its own.
+    """A tile list that serves all long documents of a row, each with tiles of its own.
 
     The list is that of one document as long as the row: a shorter one has its first rows, and of
-    each the tiles that it reaches. `kernels.attend.documents.plan` makes items for programs from it
-    and the documents, of which the host knows nothing but these bounds.
+    each the tiles that it reaches. `kernels.attend.documents.plan_of` makes items for programs from
+    it and the documents, of which the host knows nothing but these bounds.
 
     Args:
-        entries: see `Work`; in front of the list are the first ``dense`` tiles, none of them whole,
-            which are the list of a row of short documents.
+        entries: see `Work`.
         offsets: where in ``entries`` the list of each row begins, ``(heads or 1, rows + 1)`` int32.
         longest: tiles of each row, the most of any head, ``(rows,)`` int32.
         most: tiles of a part, if rows are cut.
@@ -159,7 +159,7 @@ class DocumentWork:
         programs: most items of a row of documents.
         parts: most parts of cut rows; 0 if no row is cut.
         mean_tiles: that a row visits, of a document as long as the row.
-        short: a document with fewer tokens has no tiles of its own.
+        short: documents with fewer tokens are not long.
     """
 
     entries: Tensor
@@ -193,27 +193,52 @@ class DocumentWork:
         return _moved(self, device, "entries", "offsets", "longest")
 
 
-def make_document_work(tiles: TileList, tokens: int, short: int) -> DocumentWork:
-    """Prepare a list for documents; one with fewer than ``short`` tokens has no tiles of its own."""
+@dataclass(frozen=True, eq=False)
+class ShortWork:
+    """What is left of a row beside long documents: tiles of the row, which see all there is.
+
+    Args:
+        entries: the first tiles, none of them whole: a list for every row.
+        programs: tiles of the row.
+    """
+
+    entries: Tensor
+    programs: int
+    offsets = None
+    parts = cuts = 0
+    rows = 1
+    differs_by_head = False
+
+    def __len__(self) -> int:
+        """Programs of one batch and head."""
+        return self.programs
+
+
+def make_document_work(tiles: TileList, tokens: int) -> DocumentWork:
+    """Prepare a list for long documents in rows of so many tokens."""
     own, other = tiles.tile
-    dense = triton.cdiv(own + 2 * short, other) + 1
-    ascending = torch.arange(dense, dtype=torch.int32, device=tiles.keys.device) * 2
-    entries = torch.cat((ascending, tiles.keys * 2 + tiles.full, ascending[:1])).int()
+    short = max(SHORT, own)  # at most two long documents have tokens in a tile
     counts = tiles.offsets.diff().view(tiles.heads, -1)
     rows, longest = counts.shape[1], counts.amax(dim=0)
     first = tiles.offsets[:-1].view(tiles.heads, rows)
-    offsets = torch.cat((first, (first + counts)[:, -1:]), dim=1) + dense
-    most = max(PART_TILES, PART_ROWS * (len(tiles) // counts.numel() + 1))
+    offsets = torch.cat((first, (first + counts)[:, -1:]), dim=1)
+    entries = torch.nn.functional.pad(tiles.keys * 2 + tiles.full, (0, 1))
+    mean = len(tiles) / counts.numel()
+    most = max(PART_TILES, PART_ROWS * (int(mean) + 1))
     long_rows = int((longest > most).sum())
     extra = long_rows * triton.cdiv(triton.cdiv(tokens, other), most)
-    # Long documents have at most a tile more than their tokens fill, and there are so many at most;
-    # short ones between them have tiles of the row, of which two are not whole.
-    whole, long_documents = triton.cdiv(tokens, own), tokens // short
-    items = min(3 * whole, whole + 3 * long_documents + 2)
+    programs = triton.cdiv(tokens, own) + tokens // short + extra
     return DocumentWork(
-        entries, offsets.int(), longest.int(), most, long_rows, items + extra,
-        2 * extra, len(tiles) / counts.numel(), short,
+        entries.int(), offsets.int(), longest.int(), most, long_rows, programs, 2 * extra, mean, short
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=64)
+def short_work(tokens: int, own: int, other: int, short: int, device: torch.device) -> ShortWork:
+    """The work of short documents in rows of so many tokens, by the sides of tiles."""
+    reach = triton.cdiv(own + 2 * short, other) + 1  # from the first document of a tile to the last
+    entries = torch.arange(0, 2 * reach + 2, 2, dtype=torch.int32, device=device)
+    return ShortWork(entries, triton.cdiv(tokens, own))
 
 
 @functools.lru_cache(maxsize=512)
@@ -231,7 +256,7 @@ def work_of(
     tiles = _tiles(pass_, heads, num_queries, num_keys, tile, device)
     tiles = tiles.inverse() if inverse else tiles
     if pass_.by_document:
-        return make_document_work(tiles, num_queries, max(SHORT, 2 * tiles.tile[0])).to(device)
+        return make_document_work(tiles, num_queries).to(device)
     return make_work(tiles).trimmed().to(device)
 
 
