@@ -61,12 +61,9 @@ def dq_kernel(
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     if documents is not None:
         documents += batch * num_queries
-    i, q_end, own, base, k_end, k_order, low, high, part = query_row(
+    i, i_place, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
         q_step, k_run, k_step, k_first, C)  # fmt: skip
-    if C.TILES != ROW:
-        if q_end == 0:
-            return
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -88,14 +85,16 @@ def dq_kernel(
         tl.store(row_stats.shift + row_base + i, shift, mask=i < q_end)
         tl.store(row_stats.lse2 + row_base + i, lse, mask=i < q_end)
     dout_tile = dout_tile.to(q_tile.dtype)
-    i_position = own_positions(q_position, batch, head, i, q_end, own, C.TILES)
+    i_position = own_positions(q_position, batch, head, i, i_place, q_end, own, C.TILES)
 
     acc = tl.zeros((BLOCK_I, BLOCK_D), tl.float32)
     upcoming = tl.load(lists.entries + low)
     for entry in tl.range(low, high, num_stages=C.STAGES):
         tile, upcoming = upcoming, tl.load(lists.entries + entry + 1)
         index = (tile >> 1) * BLOCK_J
-        j = base + token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        place = token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        j = base + place
+        starts = starts_of(documents, j, k_end, C.TILES)
         k_tile = load_tile(
             k, k_boxes, batch, kv_head, base + index, k_order, j, k_end, d, C.D, C.K_ORDER
         )
@@ -110,9 +109,9 @@ def dq_kernel(
         whole = is_whole(tile, documents, own, j, k_end, C.TILES) & (last < k_end)
         if whole == 0:
             seen = seen_cells(
-                i_position, q_position, k_position, batch, kv_head, numbers, documents, own, j,
-                k_end, base, RULE, False, C.TILES)  # fmt: skip
-            dscore = tl.where(seen & (j < k_end)[None, :], dscore, 0.0)
+                i_position, q_position, k_position, batch, kv_head, numbers, documents, own, starts,
+                j, place, k_end, RULE, False, C.TILES)  # fmt: skip
+            dscore = tl.where(seen & (place < k_end - base)[None, :], dscore, 0.0)
         acc = tl.dot(dscore.to(k_tile.dtype), k_tile, acc, input_precision="ieee")
 
     acc = acc * scale
@@ -151,20 +150,19 @@ def dkv_kernel(
         residue = row // rows
         q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
         j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
-        own = own_documents(documents, j, num_keys)
+        j_place, own = j, own_documents(documents, j, num_keys)
     else:
         q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
         first, k_end, base, q_end, row, part, piece, pieces = document_item(
             lists.items, item, batch, work, C.TILES
         )
-        if k_end == 0:
-            return
-        j = first + token_of(row * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
-        own = starts_of(documents, j, k_end, base, C.TILES)
+        j_place = token_of(row * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        j = first + j_place
+        own = starts_of(documents, j, k_end, C.TILES)
     d, d_value = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     k_tile = load_rows(k, batch, kv_head, j, k_end, d, C.D)
     v_tile = load_rows(v, batch, kv_head, j, k_end, d_value, C.DV)
-    j_position = own_positions(k_position, batch, kv_head, j, k_end, own, C.TILES)
+    j_position = own_positions(k_position, batch, kv_head, j, j_place, k_end, own, C.TILES)
 
     dk_acc = tl.zeros((BLOCK_J, BLOCK_D), tl.float32)
     dv_acc = tl.zeros((BLOCK_J, BLOCK_DV), tl.float32)
@@ -197,7 +195,9 @@ def dkv_kernel(
                 row_stats, row_base, upcoming, base, q_end, q_order, BLOCK_I, C.Q_ORDER
             )
             index = (tile >> 1) * BLOCK_I
-            i = base + token_of(index + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
+            place = token_of(index + tl.arange(0, BLOCK_I), q_order, C.Q_ORDER)
+            i = base + place
+            starts = starts_of(documents, i, q_end, C.TILES)
             q_tile = load_tile(
                 q, q_boxes, batch, head, base + index, q_order, i, q_end, d, C.D, C.Q_ORDER
             )
@@ -210,8 +210,8 @@ def dkv_kernel(
             whole = is_whole(tile, documents, own, i, q_end, C.TILES)
             if whole == 0:
                 seen = seen_cells(
-                    j_position, k_position, q_position, batch, head, numbers, documents, own, i,
-                    q_end, base, RULE, True, C.TILES)  # fmt: skip
+                    j_position, k_position, q_position, batch, head, numbers, documents, own, starts,
+                    i, place, q_end, RULE, True, C.TILES)  # fmt: skip
                 weight = tl.where(seen, weight, 0.0)
             dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             dv_acc = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")

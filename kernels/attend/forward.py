@@ -11,6 +11,7 @@ from kernels.attend.visit import (
     part_number,
     query_row,
     seen_cells,
+    starts_of,
     store_part,
 )
 from kernels.common.jit import kernel
@@ -39,17 +40,14 @@ def forward_kernel(
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     if documents is not None:
         documents += batch * num_queries
-    i, q_end, own, base, k_end, k_order, low, high, part = query_row(
+    i, i_place, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
         q_step, k_run, k_step, k_first, C)  # fmt: skip
-    if C.TILES != ROW:
-        if q_end == 0:
-            return
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
     q_tile = load_rows(q, batch, head, i, q_end, d, C.D)
-    i_position = own_positions(q_position, batch, head, i, q_end, own, C.TILES)
+    i_position = own_positions(q_position, batch, head, i, i_place, q_end, own, C.TILES)
 
     row_max = tl.full((BLOCK_I,), float("-inf"), tl.float32)
     row_sum = tl.zeros((BLOCK_I,), tl.float32)
@@ -58,7 +56,9 @@ def forward_kernel(
     for entry in tl.range(low, high, num_stages=C.STAGES):
         tile, upcoming = upcoming, tl.load(lists.entries + entry + 1)
         index = (tile >> 1) * BLOCK_J
-        j = base + token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        place = token_of(index + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
+        j = base + place
+        starts = starts_of(documents, j, k_end, C.TILES)
         k_tile = load_tile(
             k, k_boxes, batch, kv_head, base + index, k_order, j, k_end, d, C.D, C.K_ORDER
         )
@@ -67,9 +67,9 @@ def forward_kernel(
         whole = is_whole(tile, documents, own, j, k_end, C.TILES) & (last < k_end)
         if whole == 0:
             seen = seen_cells(
-                i_position, q_position, k_position, batch, kv_head, numbers, documents, own, j,
-                k_end, base, RULE, False, C.TILES)  # fmt: skip
-            score = tl.where(seen & (j < k_end)[None, :], score, float("-inf"))
+                i_position, q_position, k_position, batch, kv_head, numbers, documents, own, starts,
+                j, place, k_end, RULE, False, C.TILES)  # fmt: skip
+            score = tl.where(seen & (place < k_end - base)[None, :], score, float("-inf"))
         weight, shrink, row_max, row_sum = softmax_step(score, row_max, row_sum, scale * LOG2_E)
         v_tile = load_tile(
             v, v_boxes, batch, kv_head, base + index, k_order, j, k_end, dv, C.DV, C.K_ORDER

@@ -73,7 +73,7 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
     """What a program that owns a tile of queries does.
 
     Returns:
-        Its queries, their limit and documents; the token from which the keys of its list count,
+        Its queries, their places in the document or row, their limit and documents; the token from which the keys of its list count,
         their limit and order; the entries to visit, and the part that the result is. A limit of 0:
         there is nothing to do.
     """
@@ -86,18 +86,19 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
         low, high = narrowed(
             lists.entries, low, high, documents, own, num_keys, k_order, C.BLOCK_J, C.K_ORDER
         )
-        return i, num_queries, own, 0, num_keys, k_order, low, high, part
+        return i, i, num_queries, own, 0, num_keys, k_order, low, high, part
     else:
         k_order = 0, k_run, k_step, k_first
         first, q_end, base, k_end, row, part, piece, pieces = document_item(
             lists.items, item, batch, work, C.TILES
         )
-        i = first + row * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
+        place = row * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
+        i = first + place
         low, high = document_entries(
             lists, head, row, rows, k_end - base, piece, pieces, k_order, C.BLOCK_J, C.K_ORDER,
             C.PER_HEAD, C.TILES)  # fmt: skip
-        own = starts_of(documents, i, q_end, base, C.TILES)
-        return i, q_end, own, base, k_end, k_order, low, high, part
+        own = starts_of(documents, i, q_end, C.TILES)
+        return i, place, q_end, own, base, k_end, k_order, low, high, part
 
 
 @triton.jit
@@ -137,23 +138,23 @@ def document_entries(lists, head, row, rows, tokens, piece, pieces, order, TILE:
 
 
 @triton.jit
-def starts_of(documents, token, limit, start, TILES: tl.constexpr):
-    """Where the documents of tokens begin: at ``start``, or short ones anywhere."""
-    if TILES == LONG:
-        return start
+def starts_of(documents, token, limit, TILES: tl.constexpr):
+    """Where the documents of tokens begin, unless a program's tokens are all of a long one."""
+    if documents is None or TILES == LONG:
+        return 0
     else:
         return tl.load(documents + token, mask=token < limit, other=-1)
 
 
 @triton.jit
-def own_positions(position, batch, head, token, limit, own, TILES: tl.constexpr):
+def own_positions(position, batch, head, token, place, limit, own, TILES: tl.constexpr):
     """The positions of a program's own tokens: those given, or counted in their document."""
     if position is not None:
         return load_positions(position, batch, head, token, limit)
-    elif TILES == ROW:
-        return token
-    else:
+    elif TILES == SHORT:
         return token - own
+    else:
+        return place
 
 
 @triton.jit
@@ -201,8 +202,8 @@ def is_whole(tile, documents, own, token, limit, TILES: tl.constexpr):
 
 
 @triton.jit
-def seen_cells(own_position, own_given, given, batch, head, numbers, documents, own, token, limit,
-               start, RULE: tl.constexpr, OWN_KEYS: tl.constexpr,
+def seen_cells(own_position, own_given, given, batch, head, numbers, documents, own, starts, token,
+               place, limit, RULE: tl.constexpr, OWN_KEYS: tl.constexpr,
                TILES: tl.constexpr):  # fmt: skip
     """The visible cells of a tile (own tokens, other tokens).
 
@@ -211,24 +212,20 @@ def seen_cells(own_position, own_given, given, batch, head, numbers, documents, 
         own_given, given: positions of the own tokens and of the others that the caller gave, of
             which a negative one hides its token; None: they count in their document.
         own: documents of the own tokens: what ``own_documents`` or ``starts_of`` gives.
-        token: the other tokens.
-        start: of their document, if it is long.
+        starts: where the documents of the others begin, from ``starts_of``.
+        token, place: the other tokens, and their places in the long document or row.
         OWN_KEYS: the own tokens are keys, and the others queries.
     """
-    position = token
-    if documents is not None:
-        document = starts_of(documents, token, limit, start, TILES)
-        if TILES != ROW:
-            position = token - document
+    position = token - starts if TILES == SHORT else place
     if given is not None:
         position = load_positions(given, batch, head, token, limit)
     # A rule may look a position up in a table.
-    own_place = own_position if own_given is None else tl.maximum(own_position, 0)
-    place = position if given is None else tl.maximum(position, 0)
+    own_known = own_position if own_given is None else tl.maximum(own_position, 0)
+    known = position if given is None else tl.maximum(position, 0)
     if OWN_KEYS:
-        seen = is_visible(place[None, :], own_place[:, None], numbers, RULE)
+        seen = is_visible(known[None, :], own_known[:, None], numbers, RULE)
     else:
-        seen = is_visible(own_place[:, None], place[None, :], numbers, RULE)
+        seen = is_visible(own_known[:, None], known[None, :], numbers, RULE)
     if own_given is not None:
         seen = seen & (own_position >= 0)[:, None]
     if given is not None:
@@ -236,9 +233,9 @@ def seen_cells(own_position, own_given, given, batch, head, numbers, documents, 
     if documents is not None:
         if TILES == ROW:
             own_document, _, _ = own
-            seen = seen & (own_document[:, None] == document[None, :])
+            seen = seen & (own_document[:, None] == starts[None, :])
         elif TILES == SHORT:
-            seen = seen & (own[:, None] == document[None, :])
+            seen = seen & (own[:, None] == starts[None, :])
     return seen
 
 

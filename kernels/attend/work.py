@@ -13,7 +13,7 @@ from kernels.patterns.tiles import TileList, list_tiles
 
 # A row is cut into parts of so many mean rows, but of no fewer tiles than this.
 PART_ROWS, PART_TILES = 2, 16
-SHORT = 512  # a document of fewer tokens sees most of its tiles: it needs no list of them
+SHORT = 256  # a document of fewer tokens sees most of its tiles: it needs no list of them
 ROWS_ON_CPU = 8192  # tiles of queries; a longer list is built on the device of the kernel
 
 
