@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kernels.attend.visit import (
     ROW,
+    SHORT,
     document_entries,
     document_item,
     head_and_batch,
@@ -53,14 +54,36 @@ def dq_kernel(
     q_step, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """Gradient of the queries: a program takes a tile of them, or several in turn."""
+    item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
+    if documents is not None:
+        documents += batch * num_queries
+    if C.TILES != SHORT:
+        _dq_tile(
+            item, head, batch, q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous,
+            part_ptr, lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads,
+            work, parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
+    else:
+        for n in range(item, tl.load(lists.count + batch), work):
+            _dq_tile(
+                n, head, batch, q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous,
+                part_ptr, lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads,
+                work, parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
+
+
+@triton.jit
+def _dq_tile(
+    item, head, batch, q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq,
+    previous, part_ptr, lists, table, documents, q_position, k_position, scale,
+    table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
+    q_step, k_run, k_step, k_first,
+    RULE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Gradient of a tile of queries. The first pass of a chain also fills ``row_stats``."""
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
-    item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    if documents is not None:
-        documents += batch * num_queries
     i, i_place, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
         q_step, k_run, k_step, k_first, C)  # fmt: skip
@@ -131,18 +154,42 @@ def dkv_kernel(
     q_step, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of a tile of keys and values, summed over the query heads that share them.
+    """Gradients of keys and values: a program takes a tile of them, or several in turn.
 
     ``lists.head_of`` lists the key heads (None: all), and ``sharing (key heads, C.SHARED)`` the
     query heads of each, -1 where there are fewer (None: query head n has key head n).
     """
+    item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
+    if documents is not None:
+        documents += batch * num_queries
+    if C.TILES != SHORT:
+        _dkv_tile(
+            item, kv_head, batch, q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous,
+            dv_previous, dk_part_ptr, dv_part_ptr, sharing, lists, table, documents, q_position, k_position,
+            scale, table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys, q_step, k_run,
+            k_step, k_first, RULE, C)  # fmt: skip
+    else:
+        for n in range(item, tl.load(lists.count + batch), work):
+            _dkv_tile(
+                n, kv_head, batch, q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous,
+                dv_previous, dk_part_ptr, dv_part_ptr, sharing, lists, table, documents, q_position, k_position,
+                scale, table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys, q_step, k_run,
+                k_step, k_first, RULE, C)  # fmt: skip
+
+
+@triton.jit
+def _dkv_tile(
+    item, kv_head, batch, q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous,
+    dv_previous, dk_part_ptr, dv_part_ptr, sharing, lists, table, documents, q_position, k_position,
+    scale, table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys,
+    q_step, k_run, k_step, k_first,
+    RULE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
+    """Gradients of a tile of keys and values, summed over the query heads that share them."""
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
-    item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    if documents is not None:
-        documents += batch * num_queries
     if C.TILES == ROW:
         # Rows and parts are the same for every head.
         row, low, high, part = work_item(lists.items, item, kv_head, work, False, C.CUT)
@@ -154,7 +201,7 @@ def dkv_kernel(
     else:
         q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
         first, k_end, base, q_end, row, part, piece, pieces = document_item(
-            lists.items, item, batch, work, C.TILES
+            lists, item, batch, C.TILES
         )
         j_place = token_of(row * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
         j = first + j_place

@@ -30,8 +30,9 @@ class Plan:
         long: ``(B, programs, 6)`` int32: where a document begins, and the limit of it (0: nothing
             to do); row of the list; number of the part that the result is (-1: a whole row); which
             part of how many.
-        short: ``(B, tiles of the row, 4)`` int32: where the own tokens begin, and the limit of them
-            (0: nothing to do); the same of the tokens that their documents have.
+        short: ``(B, room, 4)`` int32: where the own tokens begin, and the limit of them; the same
+            of the tokens that their documents have.
+        count: how many of these there are, ``(B,)`` int32.
         cut: ``(B, cut rows, 5)`` int32: where a document begins, and the limit of it; row, first
             part, parts; None if no row is cut.
         cuts: how many rows are cut, ``(B,)`` int32.
@@ -39,6 +40,7 @@ class Plan:
 
     long: Tensor
     short: Tensor
+    count: Tensor
     cut: Tensor | None
     cuts: Tensor | None
 
@@ -62,20 +64,21 @@ def plan_of(setup: Setup, pass_: Pass, starts: Tensor, own_keys: bool) -> Plan:
         own_keys: programs own tiles of keys, and visit queries.
     """
     work, C, (B, L) = setup.work, setup.constants, starts.shape
-    long = starts.new_empty((B, len(work), LONG_ITEM))
-    short = starts.new_empty((B, len(setup.short.work), SHORT_ITEM))
+    long = starts.new_empty((B, work.room, LONG_ITEM))
+    short = starts.new_empty((B, setup.short.work.room, SHORT_ITEM))
+    count = starts.new_empty(B)
     cut = cuts = None
     if work.parts:
         cut, cuts = starts.new_empty((B, work.parts // 2, CUT)), starts.new_empty(B)
     own, other = (C.BLOCK_J, C.BLOCK_I) if own_keys else (C.BLOCK_I, C.BLOCK_J)
     order = pass_.k_order if own_keys else pass_.q_order
     plan_kernel[(B,)](
-        starts, long, short, cut, cuts, work.longest, L, L.bit_length(), work.short, work.most,
-        len(work), work.parts // 2, order.run, order.step, order.first,
+        starts, long, short, count, cut, cuts, work.longest, L, L.bit_length(), work.short,
+        work.most, work.room, setup.short.work.room, work.parts // 2, order.run, order.step, order.first,
         ORDER=C.K_ORDER if own_keys else C.Q_ORDER, OWN=own, OTHER=other,
         CAUSAL=pass_.pattern.is_causal, OWN_KEYS=own_keys, LANES=_LANES,
     )  # fmt: skip
-    return Plan(long, short, cut, cuts)
+    return Plan(long, short, count, cut, cuts)
 
 
 @kernel
@@ -92,8 +95,8 @@ def first_tokens_kernel(documents, starts, length, bits, LANES: tl.constexpr):
 
 @kernel
 def plan_kernel(
-    starts, long, short_items, cut, cuts, longest, length, bits, short, most, work, room,
-    run, step, first,
+    starts, long, short, count, cut, cuts, longest, length, bits, least, most, long_room,
+    short_room, room, run, step, first,
     ORDER: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr,
     OWN_KEYS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -105,9 +108,9 @@ def plan_kernel(
     """
     batch, tiles = tl.program_id(0).to(tl.int64), tl.cdiv(length, OWN)
     starts += batch * length
-    long += batch * work * 6
-    short_items += batch * tiles * 4
-    used, used_cuts, used_parts = 0, 0, 0
+    long += batch * long_room * 6
+    short += batch * short_room * 4
+    used, used_short, used_cuts, used_parts = 0, 0, 0, 0
     for chunk in range(0, 2 * tiles, LANES):
         slot = chunk + tl.arange(0, LANES)
         is_last = slot % 2 == 1
@@ -118,7 +121,7 @@ def plan_kernel(
         first_begin, last_begin = begin, other
         first_end = _first_at_least(starts, begin + 1, length, bits)
         last_end = _first_at_least(starts, other + 1, length, bits)
-        first_long, last_long = first_end - begin >= short, last_end - other >= short
+        first_long, last_long = first_end - begin >= least, last_end - other >= least
 
         row = tl.where(is_last, 0, (low - begin + OWN - 1) // OWN)
         begin = tl.where(is_last, last_begin, first_begin)
@@ -128,9 +131,9 @@ def plan_kernel(
         exists = exists & (begin + row * OWN <= high) & (slot < 2 * tiles)
         parts = exists.to(tl.int32)
         if cut is not None:
-            count = tl.load(longest + row, mask=exists, other=0)
-            count = tl.minimum(count, tl.cdiv(end - begin, OTHER))
-            parts = parts * tl.maximum(tl.cdiv(count, most), 1)
+            visited = tl.load(longest + row, mask=exists, other=0)
+            visited = tl.minimum(visited, tl.cdiv(end - begin, OTHER))
+            parts = parts * tl.maximum(tl.cdiv(visited, most), 1)
         place = used + tl.cumsum(parts, axis=0) - parts
         part = tl.full((LANES,), -1, tl.int32)
         if cut is not None:
@@ -156,16 +159,18 @@ def plan_kernel(
             base = own
         elif CAUSAL:
             stop = own_end
-        own_end = tl.where(own < own_end, own_end, 0)
-        at, mask = short_items + slot // 2 * 4, is_last & (slot < 2 * tiles)
-        tl.store(at, own, mask=mask)
-        tl.store(at + 1, own_end, mask=mask)
-        tl.store(at + 2, base, mask=mask)
-        tl.store(at + 3, stop, mask=mask)
+        exists = is_last & (slot < 2 * tiles) & (own < own_end)
+        at = short + (used_short + tl.cumsum(exists.to(tl.int32), axis=0) - 1) * 4
+        tl.store(at, own, mask=exists)
+        tl.store(at + 1, own_end, mask=exists)
+        tl.store(at + 2, base, mask=exists)
+        tl.store(at + 3, stop, mask=exists)
+        used_short += tl.sum(exists.to(tl.int32), axis=0)
+    tl.store(count + batch, used_short)
     nothing = tl.full((LANES,), 0, tl.int32)
-    for chunk in range(used, work, LANES):
+    for chunk in range(used, long_room, LANES):
         item = chunk + tl.arange(0, LANES)
-        at, mask = long + item * 6, item < work
+        at, mask = long + item * 6, item < long_room
         _store_numbers(at, mask, nothing, nothing, nothing, nothing - 1, nothing)
         tl.store(at + 5, nothing + 1, mask=mask)
     if cut is not None:

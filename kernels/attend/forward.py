@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kernels.attend.visit import (
-    ROW,
+    SHORT,
     head_and_batch,
     is_whole,
     own_positions,
@@ -28,6 +28,31 @@ def forward_kernel(
     q_step, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
+    """Attend: a program takes a tile of queries, or several in turn where documents have own tiles."""
+    item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
+    if documents is not None:
+        documents += batch * num_queries
+    if C.TILES != SHORT:
+        _attend_tile(
+            item, head, batch, q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
+            lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads, work,
+            parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
+    else:
+        for n in range(item, tl.load(lists.count + batch), work):
+            _attend_tile(
+                n, head, batch, q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
+                lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads, work,
+                parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
+
+
+@triton.jit
+def _attend_tile(
+    item, head, batch, q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
+    lists, table, documents, q_position, k_position, scale,
+    table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
+    q_step, k_run, k_step, k_first,
+    RULE: tl.constexpr, C: tl.constexpr,
+):  # fmt: skip
     """Output of a tile of queries, or of a part of its row: long rows are cut.
 
     A whole row (part < 0) is written to ``out`` and ``lse``, merged with the pass before it if
@@ -37,9 +62,6 @@ def forward_kernel(
     BLOCK_J: tl.constexpr = C.BLOCK_J
     BLOCK_D: tl.constexpr = C.BLOCK_D
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
-    item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
-    if documents is not None:
-        documents += batch * num_queries
     i, i_place, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
         q_step, k_run, k_step, k_first, C)  # fmt: skip

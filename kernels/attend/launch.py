@@ -110,7 +110,7 @@ def _launches(pass_: Pass, direction: str, q, k, v, call: Call) -> list[_Launch]
     plan, short = plan_of(setup, pass_, call.documents, direction == "dkv"), setup.short
     return [
         _Launch(setup, setup.lists._replace(items=plan.long), plan.cut, plan.cuts),
-        _Launch(short, short.lists._replace(items=plan.short), None, None),
+        _Launch(short, short.lists._replace(items=plan.short, count=plan.count), None, None),
     ]
 
 

@@ -178,7 +178,7 @@ def _make_setup(
         TILES=(SHORT if is_short else LONG if pass_.by_document else ROW).value,
     )
     compiled = {"RULE": rule, "C": constants, "num_warps": config.warps}
-    lists = Lists(getattr(work, "items", None), work.entries, head_of, work.offsets)
+    lists = Lists(getattr(work, "items", None), work.entries, head_of, work.offsets, work.room)
     if isinstance(work, DocumentWork):
         sides = config.tile if direction != "dkv" else config.tile[::-1]
         rest = short_work(num_queries, *sides, work.short, device)

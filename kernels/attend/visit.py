@@ -32,7 +32,10 @@ class Lists(NamedTuple):
     items: Tensor  # with documents those of a plan (``kernels.attend.documents.Plan``)
     entries: Tensor
     head_of: Tensor | None  # None: all heads are launched
-    offsets: Tensor | None = None  # of the rows among the entries, where documents have own tiles
+    # Where documents have tiles of their own:
+    offsets: Tensor | None = None  # of the rows, among the entries
+    room: int | None = None  # most items of a row of documents
+    count: Tensor | None = None  # how many it has, of short ones
 
 
 class Positions(NamedTuple):
@@ -74,8 +77,7 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
 
     Returns:
         Its queries, their places in the document or row, their limit and documents; the token from which the keys of its list count,
-        their limit and order; the entries to visit, and the part that the result is. A limit of 0:
-        there is nothing to do.
+        their limit and order; the entries to visit, and the part that the result is.
     """
     if C.TILES == ROW:
         row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
@@ -90,7 +92,7 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
     else:
         k_order = 0, k_run, k_step, k_first
         first, q_end, base, k_end, row, part, piece, pieces = document_item(
-            lists.items, item, batch, work, C.TILES
+            lists, item, batch, C.TILES
         )
         place = row * C.BLOCK_I + tl.arange(0, C.BLOCK_I)
         i = first + place
@@ -102,7 +104,7 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
 
 
 @triton.jit
-def document_item(items, item, batch, work, TILES: tl.constexpr):
+def document_item(lists, item, batch, TILES: tl.constexpr):
     """What a plan gives a program (``kernels.attend.documents.Plan``).
 
     Returns:
@@ -110,12 +112,12 @@ def document_item(items, item, batch, work, TILES: tl.constexpr):
         the result is, and which piece of how many of the row's list it visits.
     """
     if TILES == LONG:
-        at = items + (batch * work + item) * 6
+        at = lists.items + (batch * lists.room + item) * 6
         begin, end = tl.load(at), tl.load(at + 1)
         row, part = tl.load(at + 2), tl.load(at + 3)
         return begin, end, begin, end, row, part, tl.load(at + 4), tl.load(at + 5)
     else:
-        at = items + (batch * work + item) * 4
+        at = lists.items + (batch * lists.room + item) * 4
         return tl.load(at), tl.load(at + 1), tl.load(at + 2), tl.load(at + 3), 0, -1, 0, 1
 
 

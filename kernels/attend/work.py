@@ -38,7 +38,7 @@ class Work:
     parts: int
     rows: int
     list_rows: int
-    offsets = None  # every item says which entries are its own
+    offsets = room = None  # every program has an item, which says which entries are its own
 
     def __len__(self) -> int:
         """Programs of one batch and head."""
@@ -177,6 +177,11 @@ class DocumentWork:
         return self.programs
 
     @property
+    def room(self) -> int:
+        """Items that there is room for, one for each program."""
+        return self.programs
+
+    @property
     def cuts(self) -> int:
         """Rows that are merged at a time: programs take those that are cut in turn."""
         return self.long_rows
@@ -199,18 +204,20 @@ class ShortWork:
 
     Args:
         entries: the first tiles, none of them whole: a list for every row.
-        programs: tiles of the row.
+        programs: half of the most items: often there are few or none.
+        room: most items of a row, its tiles.
     """
 
     entries: Tensor
     programs: int
+    room: int
     offsets = None
     parts = cuts = 0
     rows = 1
     differs_by_head = False
 
     def __len__(self) -> int:
-        """Programs of one batch and head."""
+        """Programs of one batch and head, which take the items in turn."""
         return self.programs
 
 
@@ -227,7 +234,7 @@ def make_document_work(tiles: TileList, tokens: int) -> DocumentWork:
     most = max(PART_TILES, PART_ROWS * (int(mean) + 1))
     long_rows = int((longest > most).sum())
     extra = long_rows * triton.cdiv(triton.cdiv(tokens, other), most)
-    programs = triton.cdiv(tokens, own) + tokens // short + extra
+    programs = _aligned(triton.cdiv(tokens, own) + tokens // short + extra)
     return DocumentWork(
         entries.int(), offsets.int(), longest.int(), most, long_rows, programs, 2 * extra, mean, short
     )  # fmt: skip
@@ -238,7 +245,13 @@ def short_work(tokens: int, own: int, other: int, short: int, device: torch.devi
     """The work of short documents in rows of so many tokens, by the sides of tiles."""
     reach = triton.cdiv(own + 2 * short, other) + 1  # from the first document of a tile to the last
     entries = torch.arange(0, 2 * reach + 2, 2, dtype=torch.int32, device=device)
-    return ShortWork(entries, triton.cdiv(tokens, own))
+    tiles = triton.cdiv(tokens, own)
+    return ShortWork(entries, triton.cdiv(tiles, 2), _aligned(tiles))
+
+
+def _aligned(count: int) -> int:
+    """Rounded up: Triton compiles another kernel for a number that 16 does not divide."""
+    return triton.cdiv(count, 16) * 16
 
 
 @functools.lru_cache(maxsize=512)
