@@ -81,6 +81,18 @@ def test_every_pattern_is_as_exact_as_torch(name, length, dtype):
     assert_exact(PATTERNS[name], *inputs(**sizes, dtype=dtype, device=DEVICE))
 
 
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        causal() & (window(2**31 - 1, block=2**31 - 1) & dilated(2**31 - 1, 3)),
+        dilated(2**31 - 1, 2**31 - 1, 2) & window(2**31 - 1, 7),
+        causal() & (strided(2**31 - 1) | dilated(50_000, 70_000) | fixed(2**31 - 1, 2**30)),
+    ],
+)
+def test_the_largest_sizes_are_as_exact_as_torch(pattern):
+    assert_exact(pattern, *inputs(B=1, L=70, Hq=1, Hkv=1, D=16, Dv=16, device=DEVICE))
+
+
 @pytest.fixture
 def nan_in_new_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -29,6 +29,11 @@ from kernels.patterns.draws import hash_integers
 
 BIGBIRD = causal() & (window(3, block=4) | global_tokens(8) | random_blocks(2, block=4))
 
+
+def strided_of_paper(length):
+    return causal() & (window(length) | strided(length))
+
+
 sizes = st.integers(1, 9)
 terms = st.one_of(
     st.just(causal()),
@@ -142,16 +147,70 @@ def test_each_head_has_its_pattern_in_turn():
     assert not per_head(window(3), window(3)).differs_by_head
 
 
+# ------------------------------------------------------------------------------ large sizes
+
+MOST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same"),
+    [
+        (window(MOST), causal()),
+        (window(MOST, MOST), full()),
+        (window(MOST, MOST, block=MOST), full()),
+        (dilated(MOST, 2), causal() & strided(2)),
+        (dilated(2**30 + 1, 2), causal() & strided(2)),
+        (dilated(MOST, MOST, 3), strided(3)),
+        (dilated(50_000, 50_000), window(1)),
+        (dilated(MOST, MOST, MOST), window(1)),
+        (strided(MOST), window(1)),
+        (fixed(MOST, MOST), full()),
+        (fixed(MOST, 1), full()),
+        (summary(MOST, MOST), full()),
+        (global_tokens(MOST), full()),
+        (prefix(MOST), full()),
+        (sinks(MOST), full()),
+        (blocks("x", MOST), full()),
+    ],
+)
+def test_the_largest_sizes_show_what_they_say(pattern, same):
+    position = torch.arange(64, dtype=torch.int32)  # as kernels and lists of tiles have them
+    for seen in (pattern.dense(64), pattern.visible(position[:, None], position[None])):
+        assert torch.equal(seen.expand(64, 64), same.dense(64))
+    assert pattern.keys_per_query(64) == same.keys_per_query(64)
+    assert torch.equal(pattern.tiles(64, 16).layout(), same.tiles(64, 16).layout())
+
+
+def test_a_dilation_far_apart_reaches_all_of_a_long_sequence():
+    assert (causal() & dilated(50_000, 50_000)).keys_per_query(200_000) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        (strided_of_paper(128), lambda i: (i + 1).clamp(max=128) + i // 128),
+        (causal() & strided(10**5), lambda i: i // 10**5 + 1),
+        (causal() & dilated(5, 100), lambda i: (i // 100 + 1).clamp(max=5)),
+        (causal() & fixed(128, 8), lambda i: i % 128 + 1 + 8 * (i // 128)),
+    ],
+)
+def test_a_million_tokens_are_counted_where_they_are_dense(pattern, keys):
+    cells = int(keys(torch.arange(2**20)).sum())
+    assert pattern.keys_per_query(2**20) * 2**20 == cells
+
+
+@pytest.mark.parametrize("length", [0, -1, 2**31])
+def test_impossible_lengths_are_refused_in_a_sentence(length):
+    with pytest.raises(ValueError, match=rf"length must be .* got length={length}\."):
+        causal().keys_per_query(length)
+
+
 # --------------------------------------------------------------------- the sets of the papers
 
 
 def row(pattern, i, length=None):
     """The keys that query ``i`` sees."""
     return pattern.dense(length or i + 1)[i].nonzero().flatten().tolist()
-
-
-def strided_of_paper(length):
-    return causal() & (window(length) | strided(length))
 
 
 def test_strided_and_fixed_rows_are_those_of_the_paper():
@@ -260,6 +319,10 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
     ("make", "given"),
     [
         (lambda: window(0), r"window\(0\)"),
+        (lambda: window(2**31), r"below 2\*\*31, got window\(2147483648\)"),
+        (lambda: strided(2**33), r"strided\(8589934592\)"),
+        (lambda: dilated(2, 2**31), r"dilated\(2, 2147483648\)"),
+        (lambda: random_blocks(1, block=2**15 + 1), "block=32769"),
         (lambda: window(-1, 3), r"window\(-1, 3\)"),
         (lambda: window(3, block=0), "block=0"),
         (lambda: global_tokens(0), r"global_tokens\(0\)"),

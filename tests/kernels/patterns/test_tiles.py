@@ -159,6 +159,24 @@ def test_what_is_full_is_listed_as_full():
     assert full().tiles(100, 16).full.all()
 
 
+@pytest.mark.parametrize("beside", [full(), causal(), causal() & window(3), others() & window(1)])
+def test_random_blocks_beyond_all_tokens_are_listed(beside):
+    pattern = beside & random_blocks(2, block=2**12)
+    with Largest() as largest:
+        tiles = pattern.tiles(70, 16)
+    plain = Order(), Order()
+    assert_lists(tiles, *brute_force(pattern, *plain, 70, 70, (16, 16), [0]))
+    assert largest.elements <= 2**18
+
+
+def test_large_tiles_are_looked_at_in_pieces():
+    pattern = window(3) & window(0, 2, block=7) | others() & window(1)
+    with Largest() as largest:
+        tiles = pattern.tiles(1300, 600)
+    assert largest.elements <= 2**18
+    assert_lists(tiles, *brute_force(pattern, Order(), Order(), 1300, 1300, (600, 600), [0]))
+
+
 @pytest.mark.parametrize(
     ("pattern", "live"),
     [
@@ -217,6 +235,7 @@ def test_a_slot_stands_where_the_order_says():
         ((8, (4, -1)), "tile=-1"),
         ((8, 4, 0), "heads=0"),
         ((8, 4, 1, "cpu", 0), "keys=0"),
+        ((2**31, 64), f"queries={2**31}"),
     ],
 )
 def test_impossible_sizes_are_refused_in_a_sentence(arguments, message):
