@@ -59,8 +59,10 @@ def _build(node: ast.expr) -> Pattern:
     raise TypeError(f"{ast.unparse(node)!r} is not a term")
 
 
-def _argument(node: ast.expr) -> int | str | Pattern:
+def _argument(node: ast.expr) -> int | str | tuple | Pattern:
     match node:
+        case ast.Tuple(elts=elements):
+            return tuple(map(_argument, elements))
         case ast.Call() | ast.BinOp():
             return _build(node)
         case ast.Constant(value=int() | str() as value) if type(value) is not bool:

@@ -12,17 +12,23 @@ from torch import library
 from kernels.attend import attend, merge, passes, work
 from kernels.attend.call import Call
 from kernels.patterns import (
+    block_diffusion,
     blocks,
     causal,
     dilated,
     fixed,
     full,
+    global_at,
     global_tokens,
+    near2d,
+    near3d,
     others,
     per_head,
     random_blocks,
     strided,
     summary,
+    tiles2d,
+    tiles3d,
     window,
 )  # fmt: skip
 from kernels.patterns.tiles import TileList
@@ -50,6 +56,13 @@ PATTERNS = {
     "summary": causal() & summary(24, 8),  # rows without a key, keys without a query
     "summary-in-some-heads": causal() & per_head(window(5), summary(24, 8, sub_block=1)),
     "blocks": causal() & blocks("x..../xx.../.xx../x.xx./xx..x", block=40),
+    "picture": near2d(7, 9, 2, channels=3),
+    "picture-causal": causal() & near2d(7, 9, (1, 2), channels=3),
+    "picture-beside-text": near2d(7, 9, 1) | causal() & window(9),
+    "picture-tiles": tiles2d(12, 16, (4, 3), (1, 0)),
+    "video": near3d(3, 7, 9, 1) | tiles3d(3, 7, 9, 3, 0),
+    "block-diffusion": block_diffusion(12, 90),
+    "global-at": causal() & (window(9) | global_at(3, 40, 41, 130)),
     "heads-differ-in-number": causal() & per_head(window(5), window(90)),
     "heads-differ-in-kind": causal() & per_head(window(5), dilated(6, 4), strided(9), fixed(16, 4)),
 }

@@ -8,12 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.patterns import (
+    block_diffusion,
     blocks,
     causal,
     dilated,
     fixed,
     full,
+    global_at,
     global_tokens,
+    near2d,
+    near3d,
     others,
     parse,
     per_head,
@@ -22,6 +26,8 @@ from kernels.patterns import (
     sinks,
     strided,
     summary,
+    tiles2d,
+    tiles3d,
     window,
 )
 from kernels.patterns.algebra import Not
@@ -35,6 +41,14 @@ def strided_of_paper(length):
 
 
 sizes = st.integers(1, 9)
+
+
+def axes(count, least):
+    """A size for every axis, or one for all."""
+    size = st.integers(least, 4)
+    return st.one_of(size, st.tuples(*[size] * count))
+
+
 terms = st.one_of(
     st.just(causal()),
     st.just(full()),
@@ -55,6 +69,12 @@ terms = st.one_of(
     st.just(others()),
     sizes.map(prefix),
     sizes.map(sinks),
+    st.tuples(sizes, st.integers(1, 40)).map(lambda s: block_diffusion(*s)),
+    st.lists(st.integers(0, 99), min_size=1, max_size=5).map(lambda s: global_at(*s)),
+    st.builds(near2d, sizes, sizes, axes(2, 0), st.integers(1, 3)),
+    st.builds(near3d, sizes, sizes, sizes, axes(3, 0), st.integers(1, 2)),
+    st.builds(tiles2d, sizes, sizes, axes(2, 1), axes(2, 0), st.integers(1, 3)),
+    st.builds(tiles3d, sizes, sizes, sizes, axes(3, 1), axes(3, 0), st.integers(1, 2)),
     st.tuples(sizes, sizes, sizes).map(lambda s: random_blocks(s[0], block=s[1], seed=s[2])),
 )
 patterns = st.recursive(
@@ -171,6 +191,9 @@ MOST = 2**31 - 1
         (prefix(MOST), full()),
         (sinks(MOST), full()),
         (blocks("x", MOST), full()),
+        (near2d(2**14, 2**14, MOST), full()),
+        (block_diffusion(MOST, MOST), full()),
+        (global_at(0, MOST), global_tokens(1)),
     ],
 )
 def test_the_largest_sizes_show_what_they_say(pattern, same):
@@ -344,6 +367,16 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
         (lambda: blocks("", block=1), "0 rows"),
         (lambda: blocks("xo/ox", block=1), "'o'"),
         (lambda: per_head(), "got none"),
+        (lambda: near2d(0, 4, 1), r"size must be .* near2d\(0, 4"),
+        (lambda: near2d(4, 4, -1), "radius=-1"),
+        (lambda: near2d(4, 4, (1, 2, 3)), r"for each axis, .* radius=\(1, 2, 3\)"),
+        (lambda: near3d(2, 4, 4, 1, channels=0), "channels=0"),
+        (lambda: near2d(2**16, 2**15, 1), r"2\*\*31 tokens"),
+        (lambda: tiles2d(4, 4, (2, 0), 1), r"tile=\(2, 0\)"),
+        (lambda: block_diffusion(0, 8), r"block_diffusion\(0, 8\)"),
+        (lambda: block_diffusion(8, 0), r"block_diffusion\(8, 0\)"),
+        (lambda: global_at(), "got none"),
+        (lambda: global_at(3, -1), r"global_at\(3, -1\)"),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_value(make, given):

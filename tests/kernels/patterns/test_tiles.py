@@ -6,16 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.patterns import (
+    block_diffusion,
     blocks,
     causal,
     dilated,
+    find_tiles,
     fixed,
     full,
+    global_at,
     global_tokens,
+    near2d,
+    near3d,
     others,
     per_head,
     random_blocks,
     strided,
+    tiles2d,
+    tiles3d,
     window,
 )
 from kernels.patterns.algebra import Not
@@ -167,6 +174,28 @@ def test_random_blocks_beyond_all_tokens_are_listed(beside):
     plain = Order(), Order()
     assert_lists(tiles, *brute_force(pattern, *plain, 70, 70, (16, 16), [0]))
     assert largest.elements <= 2**18
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (64, 16), (7, 1)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        near2d(9, 11, (2, 1), channels=3),
+        near3d(5, 6, 7, (1, 2, 2)),
+        tiles2d(20, 15, (4, 3), 1),
+        tiles3d(5, 6, 7, 2, (1, 0, 1)),
+        block_diffusion(12, 100),
+        global_at(3, 50, 51, 52, 53, 54, 55, 56, 120),
+    ],
+)
+def test_formulas_alone_decide_about_every_tile(pattern, tile, monkeypatch):
+    wanted = brute_force(pattern, Order(), Order(), 230, 230, tile, [0])
+    looked = []
+    monkeypatch.setattr(find_tiles, "look", lambda *tiles: looked.extend(tiles[2].T) or [])
+    tiles = pattern.tiles(230, tile)
+    assert not looked
+    assert_lists(tiles, *wanted)
+    assert int(tiles.full.sum()) == int(wanted[1].sum())
 
 
 def test_large_tiles_are_looked_at_in_pieces():
