@@ -48,6 +48,12 @@ FAMILIES = {
     "BigBird, bidirectional": (
         "window(1, 1, block=8) | global_tokens(16) | random_blocks(2, block=8)"
     ),
+    "Longformer, global tokens anywhere": "window(16, 16) | global_at(5, 90, 91, 200)",
+    "Neighbourhood, 16 x 16 pixels": "causal() & near2d(16, 16, 2)",
+    "Neighbourhood, bidirectional": "near2d(16, 16, 2)",
+    "Sliding tiles, 16 x 16 pixels": "tiles2d(16, 16, 4, 1)",
+    "Neighbourhood in a video of 4 frames": "near3d(4, 8, 8, 1)",
+    "Block diffusion": "block_diffusion(16, 128)",
 }
 FAMILY_TOKENS, FAMILY_HEADS, FAMILY_LAYERS = 256, 4, 4
 
