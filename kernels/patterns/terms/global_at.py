@@ -60,15 +60,16 @@ class GlobalAt(Pattern):
 
     def table(self, head: int, heads: int, length: int) -> Tensor:
         """One bit a position, 32 in a word."""
-        has = self._has(torch.arange(-(-length // 32) * 32)).view(-1, 32)
-        return (has.long() << torch.arange(32)).sum(dim=1)
+        position = torch.tensor(self.positions)
+        words = torch.zeros(self.positions[-1] // 32 + 1, dtype=torch.int64)
+        return words.index_add_(0, position // 32, 1 << position % 32)
 
     @staticmethod
     @device_function
     def rule(i, j, numbers):
         size, words = numbers
-        i_word = tl.load(words + i // 32, mask=i // 32 < size, other=0)
-        j_word = tl.load(words + j // 32, mask=j // 32 < size, other=0)
+        i_word = tl.load(words + i // 32, mask=(i >= 0) & (i // 32 < size), other=0)
+        j_word = tl.load(words + j // 32, mask=(j >= 0) & (j // 32 < size), other=0)
         return (((i_word >> (i % 32)) & 1) | ((j_word >> (j % 32)) & 1)) != 0
 
     def __repr__(self) -> str:

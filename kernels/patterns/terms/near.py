@@ -79,7 +79,10 @@ def _near(term: str, shape: tuple[int, ...], tile: Sizes, radius: Sizes, channel
         at_least(0, given, radius=reach)
     near = Near(shape, tile, radius, channels)
     if near.end > LARGEST or near.bits > 31:
-        raise ValueError(f"a picture must have fewer than 2**31 tokens, got {given}.")
+        raise ValueError(
+            f"a picture must have fewer than 2**31 tokens, and numbers of its tiles on all axes "
+            f"that fit in one word, got {given}."
+        )
     return near
 
 
@@ -193,7 +196,7 @@ class Near(Pattern):
 
     def table(self, head: int, heads: int, length: int) -> Tensor:
         """Of each position the tile, then of each the first tile of its window, as words."""
-        position = torch.arange(min(length, self.end))
+        position = torch.arange(self.end)  # whatever the length: callers may bring positions
         tile, window = torch.zeros(2, len(position), dtype=torch.int64)
         for axis in self.axes:
             place = axis.tile_of(position)
@@ -206,11 +209,12 @@ class Near(Pattern):
     def rule(i, j, numbers):
         span, guard, size, words = numbers
         end = size // 2
-        window = tl.load(words + end + i, mask=i < end, other=0)
-        tile = tl.load(words + j, mask=j < end, other=0)
+        i_inside, j_inside = (i >= 0) & (i < end), (j >= 0) & (j < end)
+        window = tl.load(words + end + i, mask=i_inside, other=0)
+        tile = tl.load(words + j, mask=j_inside, other=0)
         # All axes at once: a guard is left standing where the axis above it does not go below 0.
         inside = (tile + guard - window) & (window + span + guard - tile) & guard
-        return (inside == guard) & (i < end) & (j < end)
+        return (inside == guard) & i_inside & j_inside
 
     def __repr__(self) -> str:
         tiled = set(self.tile) != {1}

@@ -62,7 +62,7 @@ PATTERNS = {
     "picture-tiles": tiles2d(12, 16, (4, 3), (1, 0)),
     "video": near3d(3, 7, 9, 1) | tiles3d(3, 7, 9, 3, 0),
     "block-diffusion": block_diffusion(12, 90),
-    "global-at": causal() & (window(9) | global_at(3, 40, 41, 130)),
+    "global-at": causal() & (window(9) | global_at(3, 31, 40, 130)),
     "heads-differ-in-number": causal() & per_head(window(5), window(90)),
     "heads-differ-in-kind": causal() & per_head(window(5), dilated(6, 4), strided(9), fixed(16, 4)),
 }
