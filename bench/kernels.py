@@ -58,7 +58,9 @@ def main() -> int:
             run.rows.append(row | _rates(row, ceiling))
             report.print_row(run.rows[-1])
         if options.planning and time.perf_counter() < deadline:
-            run.planning += [_guarded(planning_times, case, max(options.lengths), device)]
+            run.planning += [
+                _guarded(planning_times, case, case.lengths(options.lengths)[-1], device)
+            ]
             print(run.planning[-1], flush=True)
         print(f"{case.name}: {time.perf_counter() - begin:.0f} s\n", flush=True)
         report.write(run, options)  # after each pattern: what was measured survives what follows
@@ -109,7 +111,8 @@ def _configs(cases: list[Case], device: torch.device) -> dict[str, dict]:
 
 def _warm(cases: list[Case], lengths: list[int]) -> dict[tuple[str, int], tuple[float, float]]:
     """Compile ours in parallel, and count pairs of a head: of ours, and of a plan for all heads."""
-    wanted = [(case.name, length) for length in reversed(lengths) for case in cases]
+    wanted = [(case.name, length) for case in cases for length in case.lengths(lengths)]
+    wanted.sort(key=lambda one: -one[1])
     context = multiprocessing.get_context("spawn")
     try:
         with ProcessPoolExecutor(min(PROCESSES, len(wanted)), context) as pool:
@@ -147,7 +150,8 @@ _dense_rows: dict[tuple, dict] = {}  # dense attention costs the same beside eve
 
 
 def _rows(case: Case, options, work: dict, device, deadline: float) -> Iterator[dict]:
-    for length in options.lengths:
+    lengths = case.lengths(options.lengths)
+    for length in lengths:
         own, shared = work[case.name, length]
         tensors = _inputs(case, length, device)
         yield _row("ours", ours, case, length, own, tensors)
@@ -167,7 +171,7 @@ def _rows(case: Case, options, work: dict, device, deadline: float) -> Iterator[
                 continue
             with surroundings(name):
                 row = _row(name, peer, case, length, shared, tensors)
-                if length == options.lengths[0] and "forward" in row:
+                if length == lengths[0] and "forward" in row:
                     row |= _guarded(_compare, peer, case, length, tensors)
             yield row
             torch.cuda.empty_cache()
@@ -196,7 +200,8 @@ def _rates(row: dict, ceiling: float) -> dict:
     """TF/s on live pairs, and their share of what the card reaches in a product of matrices."""
     if "forward" not in row:
         return {}
-    flops = 4 * row["head_size"] * row["pairs_per_query"] * HEADS * TOKENS  # of forward
+    tokens = TOKENS // row["length"] * row["length"]  # whole sequences
+    flops = 4 * row["head_size"] * row["pairs_per_query"] * HEADS * tokens  # of forward
     forward, backward = flops / row["forward"] / 1e9, 2.5 * flops / row["backward"] / 1e9
     return {
         "forward_tflops": forward,

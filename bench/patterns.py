@@ -12,6 +12,7 @@ from kernels.patterns.terms.causal import Causal
 from kernels.patterns.terms.fixed import Fixed
 from kernels.patterns.terms.full import Full
 from kernels.patterns.terms.global_tokens import GlobalTokens
+from kernels.patterns.terms.near import Near
 from kernels.patterns.terms.random_blocks import RandomBlocks
 from kernels.patterns.terms.strided import Strided
 from kernels.patterns.terms.window import Window
@@ -31,6 +32,10 @@ _TEXTS = {
     "bigbird_bidir": f"window(1, 1, block=64) | {_BIGBIRD}",
     "strided": "causal() & (window(128) | strided(128))",
     "fixed": "causal() & fixed(128, 8)",
+    "near2d_32_causal": "causal() & near2d(32, 32, 3, channels=3)",
+    "near2d_32_bidir": "near2d(32, 32, 3, channels=3)",
+    "near2d_64_causal": "causal() & near2d(64, 64, 3, channels=3)",
+    "near2d_64_bidir": "near2d(64, 64, 3, channels=3)",
     "dense_d64": "causal()",
     "dense_d128": "causal()",
 }
@@ -56,6 +61,11 @@ class Case:
     def window(self) -> int | None:
         """Keys of a causal window, where that is the whole pattern."""
         return int(self.name.removeprefix("window")) if self.name.startswith("window") else None
+
+    def lengths(self, asked: list[int]) -> list[int]:
+        """The lengths to measure: a picture has its own alone."""
+        terms = (self.pattern, *self.pattern.operands)
+        return [term.end for term in terms if isinstance(term, Near)] or asked
 
     @property
     def has_random_blocks(self) -> bool:
@@ -122,9 +132,24 @@ def _of(pattern: Pattern) -> MaskMod:
             return lambda b, h, i, j: (i - j) % stride == 0
         case Fixed(block=length, cells=cells, sub_block=0):
             return lambda b, h, i, j: (i // length == j // length) | (j % length >= length - cells)
+        case Near(shape=(rows, columns), tile=(1, 1), radius=radius, channels=channels):
+            return _near2d(rows, columns, radius, channels)
         case RandomBlocks():
             raise ValueError("random blocks are read from a table, see mask_mod")
     raise ValueError(f"no mask_mod is written for {pattern!r}")
+
+
+def _near2d(rows: int, columns: int, radius: tuple[int, int], channels: int) -> MaskMod:
+    """As attention-gym writes it: the middle of a window is kept away from the borders."""
+
+    def near(b, h, i, j):
+        i, j = i // channels, j // channels
+        row = (i // columns).clamp(radius[0], rows - 1 - radius[0])
+        column = (i % columns).clamp(radius[1], columns - 1 - radius[1])
+        near_row = (row - j // columns).abs() <= radius[0]
+        return near_row & ((column - j % columns).abs() <= radius[1])
+
+    return near
 
 
 def _reduce(join, operands) -> MaskMod:

@@ -48,8 +48,16 @@ FAMILIES = {
     "BigBird, bidirectional": (
         "window(1, 1, block=8) | global_tokens(16) | random_blocks(2, block=8)"
     ),
+    "Longformer, global tokens anywhere": "window(16, 16) | global_at(5, 90, 91, 200)",
+    "Neighbourhood, 16 x 16 pixels": "causal() & near2d(16, 16, 2)",
+    "Neighbourhood, 16 x 16, bidirectional": "near2d(16, 16, 2)",
+    "Sliding tiles, 16 x 16 pixels": "tiles2d(16, 16, 4, 1)",
+    "Neighbourhood in a video of 4 frames": "near3d(4, 8, 8, 1)",
+    "Block diffusion": "block_diffusion(16, 128)",
 }
 FAMILY_TOKENS, FAMILY_HEADS, FAMILY_LAYERS = 256, 4, 4
+PICTURES = [name for name in FAMILIES if "16 x 16" in name]  # show what a pixel reaches as well
+SIDE, MIDDLE = 16, 8 * 16 + 8
 
 
 def draw_layers(model: Transformer, length: int, path: Path, tokens: Tensor | None = None) -> Path:
@@ -84,7 +92,10 @@ def draw_families(path: Path) -> None:
         caption = cost(layers[0], length, heads, layers[0].is_causal)
         panels.append(Panel(colours, caption, name, text, width=2))
         first = depths(layers, length, heads)
-        panels.append(Panel(shade_depths(first), reach(first, layers[0].is_causal)))
+        caption = reach(first, layers[0].is_causal)
+        if name in PICTURES:
+            first, caption = first[MIDDLE].view(SIDE, SIDE), "what a pixel sees, and four layers"
+        panels.append(Panel(shade_depths(first), caption))
     scale = f"a row is a query, a column a key; {length} tokens, {heads} heads"
     keys = [key_of_kinds(heads), key_of_depths(FAMILY_LAYERS), [scale]]
     draw_sheet(panels, path, columns=4, keys=keys)

@@ -15,12 +15,15 @@ Each term is a file of ``kernels/patterns/terms``; a new one is such a file, and
 
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import parse
+from kernels.patterns.terms.block_diffusion import block_diffusion
 from kernels.patterns.terms.blocks import blocks
 from kernels.patterns.terms.causal import causal
 from kernels.patterns.terms.dilated import dilated
 from kernels.patterns.terms.fixed import fixed, summary
 from kernels.patterns.terms.full import full
+from kernels.patterns.terms.global_at import global_at
 from kernels.patterns.terms.global_tokens import global_tokens
+from kernels.patterns.terms.near import near2d, near3d, tiles2d, tiles3d
 from kernels.patterns.terms.others import others
 from kernels.patterns.terms.per_head import per_head
 from kernels.patterns.terms.prefix import prefix
@@ -33,12 +36,16 @@ from kernels.patterns.tiles import TileList
 __all__ = [
     "Pattern",
     "TileList",
+    "block_diffusion",
     "blocks",
     "causal",
     "dilated",
     "fixed",
     "full",
+    "global_at",
     "global_tokens",
+    "near2d",
+    "near3d",
     "others",
     "parse",
     "per_head",
@@ -47,5 +54,7 @@ __all__ = [
     "sinks",
     "strided",
     "summary",
+    "tiles2d",
+    "tiles3d",
     "window",
 ]

@@ -17,6 +17,7 @@ from kernels.patterns.bounds import Box, Known
 from kernels.patterns.order import SEQUENCE, Order
 
 ANY_LENGTH = 2**40  # more tokens than any sequence has
+LARGEST = 2**31 - 1  # of the positions that kernels count, and of what they compare them with
 _ENCODED = 256  # texts are filled up to whole multiples, so that few lengths differ
 
 
@@ -80,7 +81,7 @@ class Pattern:
             keys: number of keys, default ``length``.
 
         Raises:
-            ValueError: if a size is not positive.
+            ValueError: if a size is not positive, or is 2**31 or more.
         """
         from kernels.patterns.tiles import list_tiles  # imports this module
 
@@ -93,6 +94,9 @@ class Pattern:
         """Mean number of visible keys over the queries and heads: the honest cost.
 
         Counted exactly, in time in proportion to the live tiles and little memory.
+
+        Raises:
+            ValueError: if ``length`` is not positive, or is 2**31 or more.
         """
         from kernels.patterns.tiles import count_cells  # imports this module
 

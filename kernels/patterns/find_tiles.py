@@ -125,36 +125,38 @@ def _of_all_heads(pattern, grid: Grid) -> Runs:
     return Runs(row, *(field.repeat(len(grid.heads)) for field in (one.first, one.width, one.full)))
 
 
-def look(pattern, grid: Grid, place: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """The cells of tiles at ``place (3, N)``, some tiles at a time.
+def look(pattern, grid: Grid, place: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """The cells of tiles at ``place (3, N)``: some tiles at a time, of large ones some rows.
 
     Yields:
-        Which cells are visible to a bound pattern, and which exist, ``(tiles, *tile)`` each.
+        Which of the tiles these are, and which of their cells are visible to a bound pattern, and
+        which exist, ``(tiles, rows, columns)`` each.
     """
     index = [torch.arange(size, device=grid.device) for size in grid.tile]
     heads = torch.tensor(grid.heads, device=grid.device)
-    for part in place.split(max(1, CELLS // (grid.tile[0] * grid.tile[1])), dim=1):
-        if not part.numel():
-            return
-        plane, row, column = part[:, :, None]
+    rows = min(grid.tile[0], max(1, CELLS // grid.tile[1]))
+    tiles = max(1, CELLS // (rows * grid.tile[1]))
+    for first in range(0, place.shape[1], tiles):
+        chosen = slice(first, first + tiles)
+        plane, row, column = place[:, chosen, None]
         residue = plane % grid.residues
         k_residue = residue if grid.k_order.residues > 1 else 0
-        i = grid.q_order.position(residue, row * grid.tile[0] + index[0])
-        j = grid.k_order.position(k_residue, column * grid.tile[1] + index[1])
-        i, j = i.int()[:, :, None], j.int()[:, None, :]
-        exists = (i < grid.queries) & (j < grid.keys)
         head = heads[plane // grid.residues][:, :, None] if len(heads) > 1 else grid.heads[0]
-        # A position that does not exist has no row in a table: any that exists will do.
-        i, j = i.clamp(max=grid.queries - 1), j.clamp(max=grid.keys - 1)
-        length = max(grid.queries, grid.keys)
-        yield pattern._visible(i, j, head, length).expand_as(exists), exists
+        j = grid.k_order.position(k_residue, column * grid.tile[1] + index[1])[:, None, :]
+        for within in index[0].split(rows):
+            i = grid.q_order.position(residue, row * grid.tile[0] + within)[:, :, None]
+            exists = (i < grid.queries) & (j < grid.keys)
+            # A position that does not exist has no row in a table: any that exists will do.
+            cell = i.clamp(max=grid.queries - 1).int(), j.clamp(max=grid.keys - 1).int()
+            seen = pattern._visible(*cell, head, max(grid.queries, grid.keys))
+            yield chosen, seen.expand_as(exists), exists
 
 
 def look_whether(pattern, grid: Grid, place: Tensor) -> tuple[Tensor, Tensor]:
     """Whether some cell, and whether every cell of tiles at ``place (3, N)`` is visible."""
-    some = [torch.zeros(0, dtype=torch.bool, device=grid.device)]
-    every = list(some)
-    for seen, exists in look(pattern, grid, place):
-        some.append((seen & exists).flatten(1).any(dim=1))
-        every.append((seen | ~exists).flatten(1).all(dim=1))
-    return torch.cat(some), torch.cat(every)
+    some = torch.zeros(place.shape[1], dtype=torch.bool, device=grid.device)
+    every = ~some
+    for tiles, seen, exists in look(pattern, grid, place):
+        some[tiles] |= (seen & exists).flatten(1).any(dim=1)
+        every[tiles] &= (seen | ~exists).flatten(1).all(dim=1)
+    return some, every

@@ -140,7 +140,11 @@ class Grid:
 
     @functools.cached_property
     def _tiles_of_residue(self) -> tuple[Tensor, Tensor]:
-        residue = torch.arange(self.residues, device=self.device)
+        queries, keys = self.tokens(torch.arange(self.residues, device=self.device))
+        return -(-queries // self.tile[0]), -(-keys // self.tile[1])
+
+    def tokens(self, plane: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys of each plane."""
+        residue = plane % self.residues
         k_residue = residue if self.k_order.residues > 1 else torch.zeros_like(residue)
-        rows = -(-self.q_order.count(residue, self.queries) // self.tile[0])
-        return rows, -(-self.k_order.count(k_residue, self.keys) // self.tile[1])
+        return self.q_order.count(residue, self.queries), self.k_order.count(k_residue, self.keys)

@@ -42,3 +42,9 @@ class Order:
 
 
 SEQUENCE = Order()
+MOST_RESIDUES = 2**16  # a class of more would have too few tokens to fill a tile
+
+
+def residue_classes(step: int) -> tuple[Order, Order]:
+    """Queries and keys by their residue modulo ``step``; with too many residues, as they stand."""
+    return (Order(step=step, residues=step) if step <= MOST_RESIDUES else SEQUENCE,) * 2

@@ -14,18 +14,18 @@ def constructor(function: Callable[..., Pattern]) -> Callable[..., Pattern]:
     return function
 
 
-def at_least(least: int, given: str, **numbers: int) -> None:
-    """Refuse numbers of a term that are too small.
+def at_least(least: int, given: str, bits: int = 31, **numbers: int) -> None:
+    """Refuse numbers of a term that are too small, or too large for kernels.
 
     Raises:
         TypeError: if one of them is not a whole number.
-        ValueError: if one of them is below ``least``, or does not fit in 64 bits.
+        ValueError: if one of them is below ``least``, or not below ``2**bits``.
     """
     for name, value in numbers.items():
         if type(value) is not int:  # nor True, which is no size
             raise TypeError(f"{name} must be a whole number, got {given}")
-        if not least <= value < 2**63:  # positions are 64-bit integers
-            raise ValueError(f"{name} must be at least {least} and fit in 64 bits, got {given}.")
+        if not least <= value < 2**bits:
+            raise ValueError(f"{name} must be at least {least} and below 2**{bits}, got {given}.")
 
 
 def parse(text: str) -> Pattern:
@@ -59,8 +59,10 @@ def _build(node: ast.expr) -> Pattern:
     raise TypeError(f"{ast.unparse(node)!r} is not a term")
 
 
-def _argument(node: ast.expr) -> int | str | Pattern:
+def _argument(node: ast.expr) -> int | str | tuple | Pattern:
     match node:
+        case ast.Tuple(elts=elements):
+            return tuple(map(_argument, elements))
         case ast.Call() | ast.BinOp():
             return _build(node)
         case ast.Constant(value=int() | str() as value) if type(value) is not bool:

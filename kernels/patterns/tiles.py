@@ -1,10 +1,13 @@
 """The list of tiles that kernels visit, in compressed rows; `find_tiles.py` finds them."""
 
+import functools
+import operator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.patterns.algebra import LARGEST, Not, Pattern
 from kernels.patterns.find_tiles import find, look
 from kernels.patterns.grid import Grid
 from kernels.patterns.order import SEQUENCE, Order
@@ -106,12 +109,9 @@ def list_tiles(
         device: where to compute the list.
 
     Raises:
-        ValueError: if a size is not positive, or the residues do not fit.
+        ValueError: if a size is not positive, or is 2**31 or more, or the residues do not fit.
     """
-    sizes = {"queries": queries, "keys": keys, "tile": min(tile), "heads": heads}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1, got {name}={size}.")
+    _check(queries=queries, keys=keys, tile=min(tile), heads=heads)
     if k_order.residues not in (1, q_order.residues):
         raise ValueError(
             f"keys must have one residue or as many as the queries, "
@@ -122,6 +122,12 @@ def list_tiles(
     return _list(
         pattern, Grid(q_order, k_order, queries, keys, tile, numbers, torch.device(device))
     )
+
+
+def _check(**sizes: int) -> None:
+    for name, size in sizes.items():
+        if not 1 <= size <= LARGEST:
+            raise ValueError(f"{name} must be at least 1 and below 2**31, got {name}={size}.")
 
 
 def _list(pattern, grid: Grid) -> TileList:
@@ -151,16 +157,42 @@ def last_visitor(pattern, head: int, length: int, queries: int) -> Tensor:
 def count_cells(pattern, length: int, heads: int) -> int:
     """Visible cells of ``heads`` heads over ``length`` queries and keys, counted exactly.
 
-    Of a tile that is seen whole no cell is looked at.
+    Each part of the pattern is counted in the order of tokens in which it is dense. Of a tile that
+    is seen whole no cell is looked at.
     """
-    pattern, numbers, device = pattern.bound(), tuple(range(heads)), torch.device("cpu")
-    grid = Grid(SEQUENCE, SEQUENCE, length, length, (_COUNTED, _COUNTED), numbers, device)
+    _check(length=length, heads=heads)
+    pattern = pattern.bound()
+    heads_of: dict[Pattern, list[int]] = {}
+    for head in range(heads):
+        for part in _disjoint(pattern.of_head(head)):
+            heads_of.setdefault(part, []).append(head)
+    return sum(_count(part, length, own) for part, own in heads_of.items())
+
+
+def _disjoint(pattern: Pattern) -> list[Pattern]:
+    """Parts of a pattern that have no cell in common, those with an order of their own first."""
+    own = [part for part in pattern.alternatives if part.order != Pattern.order]
+    if not own:
+        return [pattern]
+    rest = [part for part in pattern.alternatives if part.order == Pattern.order]
+    parts = own + ([functools.reduce(operator.or_, rest)] if rest else [])
+    return [
+        functools.reduce(operator.and_, map(Not, own[:n]), part) for n, part in enumerate(parts)
+    ]
+
+
+def _count(pattern: Pattern, length: int, heads: list[int]) -> int:
+    """Visible cells of some heads of a bound pattern, none of which its order leaves out."""
+    numbers = tuple(heads if pattern.differs_by_head else heads[:1])
+    device = torch.device("cpu")
+    grid = Grid(*pattern.order, length, length, (_COUNTED, _COUNTED), numbers, device)
     runs = find(pattern, grid)
     plane, row = runs.row // grid.rows, runs.row % grid.rows
-    queries = (length - row * _COUNTED).clamp(max=_COUNTED)
-    keys = (length - runs.first * _COUNTED).minimum(runs.width * _COUNTED)
+    queries, keys = grid.tokens(plane)
+    queries = (queries - row * _COUNTED).clamp(max=_COUNTED)
+    keys = (keys - runs.first * _COUNTED).minimum(runs.width * _COUNTED)
     cells = int((queries * keys)[runs.full].sum())
     partial = torch.stack([plane, row, runs.first])[:, ~runs.full]
-    for seen, exists in look(pattern, grid, partial):
+    for _, seen, exists in look(pattern, grid, partial):
         cells += int((seen & exists).sum())
-    return cells
+    return cells * (len(heads) // len(numbers))

@@ -26,6 +26,8 @@ class SparseTransformerAttention(PatternAttention):
             (eq. 6).
         distinct_sub_blocks: heads have summary cells of their own, as section 4.3 prefers: those of
             each next head stand ``cells`` before, until a block has no more. Fixed kind only.
+        sub_blocks: after how many heads it begins again at the end of the block, the released
+            code's ``num_verts``; null: as many as a block has. Fixed kind only.
 
     Raises:
         ValueError: for another kind or use, or sizes that cannot be.
@@ -46,6 +48,7 @@ class SparseTransformerAttention(PatternAttention):
         cells: int = 32,
         use: str = "merged",
         distinct_sub_blocks: bool = True,
+        sub_blocks: int | None = None,
         projections: MakeProjections = Projections,
     ):
         if kind not in KINDS or use not in USES:
@@ -59,7 +62,13 @@ class SparseTransformerAttention(PatternAttention):
         else:
             if cells < 1:
                 raise ValueError(f"cells must be at least 1, got {cells}.")
-            count = max(1, stride // cells) if distinct_sub_blocks else 1
+            most = max(1, stride // cells) if distinct_sub_blocks else 1
+            count = most if sub_blocks is None else sub_blocks
+            if not 1 <= count <= most:
+                raise ValueError(
+                    f"sub_blocks must be from 1 to {most}, with stride={stride}, cells={cells} and "
+                    f"distinct_sub_blocks={distinct_sub_blocks}, got {sub_blocks}."
+                )
             local = patterns.window(1, block=stride)
             far = [patterns.summary(stride, cells, sub_block=n) for n in range(count)]
             merged = [patterns.fixed(stride, cells, sub_block=n) for n in range(count)]

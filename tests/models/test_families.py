@@ -88,6 +88,14 @@ def test_heads_of_the_fixed_kind_have_summary_cells_of_their_own():
     assert sparse(0, kind="fixed", cells=8).pattern == causal() & per_head(*own)
     shared = sparse(0, kind="fixed", cells=8, distinct_sub_blocks=False).pattern
     assert shared == causal() & fixed(16, 8)
+    assert sparse(0, kind="fixed", cells=8, sub_blocks=1).pattern == shared
+    four = sparse(0, kind="fixed", cells=4).pattern
+    assert four == causal() & per_head(*(fixed(16, 4, sub_block=n) for n in range(4)))
+    two = sparse(0, kind="fixed", cells=4, sub_blocks=2).pattern
+    assert two == causal() & per_head(fixed(16, 4), fixed(16, 4, sub_block=1))
+    for wrong in ({"sub_blocks": 5}, {"sub_blocks": 0}, {"distinct_sub_blocks": False}):
+        with pytest.raises(ValueError, match="sub_blocks must be from 1 to"):
+            sparse(0, kind="fixed", cells=4, **{"sub_blocks": 2} | wrong)
     parts = sparse(1, kind="fixed", cells=8, use="layers").pattern
     assert parts == causal() & per_head(summary(16, 8), summary(16, 8, sub_block=1))
     block = window(1, block=16)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 from kernels.common.interpreter import device_function
-from kernels.patterns.algebra import Pattern
-from kernels.patterns.order import Order
+from kernels.patterns.algebra import LARGEST, Pattern
+from kernels.patterns.order import residue_classes
 from kernels.patterns.parsing import at_least, constructor
 
 
@@ -44,19 +44,22 @@ class Dilated(Pattern):
 
     @property
     def order(self):
-        return (Order(step=self.step, residues=self.step),) * 2
+        return residue_classes(self.step)
 
     def _visible(self, i, j, head, length):
+        left, right, step = self.numbers
         distance = i - j
-        near = (distance <= self.left * self.step) & (distance >= -self.right * self.step)
-        return near & (distance % self.step == 0)
+        near = (distance <= left * step) & (distance >= -right * step)
+        return near & (distance % step == 0)
 
     def _known(self, box):
-        return box.band(self.left * self.step, self.right * self.step, self.step)
+        left, right, step = self.numbers
+        return box.band(left * step, right * step, step)
 
     @property
     def numbers(self) -> tuple[int, int, int]:
-        return self.left, self.right, self.step
+        most = LARGEST // self.step  # steps that no distance exceeds, and whose product fits
+        return min(self.left, most), min(self.right, most), self.step
 
     @staticmethod
     @device_function

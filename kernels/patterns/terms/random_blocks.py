@@ -22,6 +22,8 @@ from kernels.patterns.parsing import at_least, constructor
 from kernels.patterns.runs import Runs
 from kernels.patterns.terms.full import Full
 
+LARGEST_BLOCK = 2**15  # whether a block may be drawn can take a look at every cell of it
+
 
 @constructor
 def random_blocks(count: int, block: int, seed: int = 0, layer: int = 0) -> Pattern:
@@ -40,11 +42,15 @@ def random_blocks(count: int, block: int, seed: int = 0, layer: int = 0) -> Patt
         the sequence is drawn from.
 
     Raises:
-        ValueError: if ``count`` or ``block`` is not positive.
+        ValueError: if ``count`` or ``block`` is not positive, or a block has more than 32,768
+            tokens.
     """
     at_least(1, f"random_blocks({count})", count=count)
     at_least(1, f"random_blocks(..., block={block})", block=block)
-    at_least(-(2**63), f"random_blocks(..., seed={seed}, layer={layer})", seed=seed, layer=layer)
+    if block > LARGEST_BLOCK:
+        raise ValueError(f"random blocks have at most {LARGEST_BLOCK:,} tokens, got block={block}.")
+    given = f"random_blocks(..., seed={seed}, layer={layer})"
+    at_least(-(2**63), given, bits=63, seed=seed, layer=layer)
     return RandomBlocks(count, block, seed, layer)
 
 
@@ -255,12 +261,9 @@ def _touched(drawn: Tensor, block: int, sides: tuple[int, int], queries: int, ke
     exists = (drawn >= 0) & (row * block < queries) & (drawn * block < keys)
     head, row, place = exists.nonzero(as_tuple=True)
     column = drawn[head, row, place]
-    numbers = [
-        _number(head, i, j, sides, queries, keys)
-        for i in _boxes_of(row, block, sides[0], queries)
-        for j in _boxes_of(column, block, sides[1], keys)
-    ]
-    return torch.cat(numbers).unique()
+    rows = _boxes_of(row, block, sides[0], queries)[:, :, None]
+    columns = _boxes_of(column, block, sides[1], keys)[:, None, :]
+    return _number(head[:, None, None], rows, columns, sides, queries, keys).unique()
 
 
 def _number(head, row, column, sides: tuple[int, int], queries: int, keys: int) -> Tensor:
@@ -268,10 +271,10 @@ def _number(head, row, column, sides: tuple[int, int], queries: int, keys: int) 
     return (head * -(-queries // sides[0]) + row) * -(-keys // sides[1]) + column
 
 
-def _boxes_of(number: Tensor, block: int, side: int, tokens: int) -> list[Tensor]:
-    """The boxes that a block touches along one side: as many entries for all, some repeated."""
+def _boxes_of(number: Tensor, block: int, side: int, tokens: int) -> Tensor:
+    """The boxes that blocks ``(N,)`` touch along one side, ``(N, most)``, some repeated."""
     first = number * block // side
     last = (number * block + block - 1).clamp(max=tokens - 1) // side
-    aligned = side % block == 0 or block % side == 0
-    most = (block - 1) // side if aligned else (block + side - 2) // side  # boxes after the first
-    return [(first + n).clamp(max=last) for n in range(most + 1)]
+    most = int((last - first).max()) if len(number) else 0  # boxes after the first
+    after = torch.arange(most + 1, device=number.device)
+    return (first[:, None] + after).minimum(last[:, None])

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from kernels.common.interpreter import device_function
 from kernels.patterns.algebra import Pattern
-from kernels.patterns.order import Order
+from kernels.patterns.order import residue_classes
 from kernels.patterns.parsing import at_least, constructor
 
 
@@ -33,7 +33,7 @@ class Strided(Pattern):
 
     @property
     def order(self):
-        return (Order(step=self.stride, residues=self.stride),) * 2
+        return residue_classes(self.stride)
 
     def _visible(self, i, j, head, length):
         return (i - j) % self.stride == 0

@@ -12,17 +12,23 @@ from torch import library
 from kernels.attend import attend, merge, passes, work
 from kernels.attend.call import Call
 from kernels.patterns import (
+    block_diffusion,
     blocks,
     causal,
     dilated,
     fixed,
     full,
+    global_at,
     global_tokens,
+    near2d,
+    near3d,
     others,
     per_head,
     random_blocks,
     strided,
     summary,
+    tiles2d,
+    tiles3d,
     window,
 )  # fmt: skip
 from kernels.patterns.tiles import TileList
@@ -50,6 +56,13 @@ PATTERNS = {
     "summary": causal() & summary(24, 8),  # rows without a key, keys without a query
     "summary-in-some-heads": causal() & per_head(window(5), summary(24, 8, sub_block=1)),
     "blocks": causal() & blocks("x..../xx.../.xx../x.xx./xx..x", block=40),
+    "picture": near2d(7, 9, 2, channels=3),
+    "picture-causal": causal() & near2d(7, 9, (1, 2), channels=3),
+    "picture-beside-text": near2d(7, 9, 1) | causal() & window(9),
+    "picture-tiles": tiles2d(12, 16, (4, 3), (1, 0)),
+    "video": near3d(3, 7, 9, 1) | tiles3d(3, 7, 9, 3, 0),
+    "block-diffusion": block_diffusion(12, 90),
+    "global-at": causal() & (window(9) | global_at(3, 31, 40, 130)),
     "heads-differ-in-number": causal() & per_head(window(5), window(90)),
     "heads-differ-in-kind": causal() & per_head(window(5), dilated(6, 4), strided(9), fixed(16, 4)),
 }
@@ -79,6 +92,18 @@ MOVED = [name for name in PATTERNS if name.startswith(("strided", "dilated", "fi
 def test_every_pattern_is_as_exact_as_torch(name, length, dtype):
     sizes = {"B": 1, "L": length, "Hq": 4, "Hkv": 4, "D": 16, "Dv": 16}
     assert_exact(PATTERNS[name], *inputs(**sizes, dtype=dtype, device=DEVICE))
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        causal() & (window(2**31 - 1, block=2**31 - 1) & dilated(2**31 - 1, 3)),
+        dilated(2**31 - 1, 2**31 - 1, 2) & window(2**31 - 1, 7),
+        causal() & (strided(2**31 - 1) | dilated(50_000, 70_000) | fixed(2**31 - 1, 2**30)),
+    ],
+)
+def test_the_largest_sizes_are_as_exact_as_torch(pattern):
+    assert_exact(pattern, *inputs(B=1, L=70, Hq=1, Hkv=1, D=16, Dv=16, device=DEVICE))
 
 
 @pytest.fixture

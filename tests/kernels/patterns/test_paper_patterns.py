@@ -14,11 +14,13 @@ from kernels.patterns import (
     fixed,
     full,
     global_tokens,
+    near2d,
     parse,
     per_head,
     random_blocks,
     strided,
     summary,
+    tiles2d,
     window,
 )
 from models.attention import Context
@@ -37,6 +39,43 @@ def raster(length, rule):
     return torch.tensor(rows, dtype=torch.bool)
 
 
+def natten(pixel, other, pixels, kernel):
+    """Neighbourhood attention along one axis, by the window's start as NATTEN computes it."""
+    reach = kernel // 2
+    start = max(pixel - reach, 0) + (pixel + reach >= pixels) * (pixels - pixel - reach - 1)
+    return start <= other < start + kernel
+
+
+def natten_of(shape, kernel, channels=1, tile=None):
+    """The same on all axes of a picture whose tokens stand row by row; of tiles if ``tile``."""
+    tile = tile or [1] * len(shape)
+
+    def rule(i, j):
+        i, j = i // channels, j // channels
+        seen = max(i, j) < math.prod(shape)
+        for pixels, side, size in [*zip(shape, tile, kernel, strict=True)][::-1]:
+            i, a = divmod(i, pixels)
+            j, b = divmod(j, pixels)
+            seen = seen and natten(a // side, b // side, -(-pixels // side), size)
+        return seen
+
+    return rule
+
+
+def block_diffusion_of_the_authors(block, n):
+    """The three masks of the released code: block diagonal, offset block causal, block causal."""
+
+    def rule(i, j):
+        i_clean, j_clean = i >= n, j >= n
+        i_block, j_block = ((x - n if x >= n else x) // block for x in (i, j))
+        diagonal = i_block == j_block and i_clean == j_clean
+        offset_causal = i_block > j_block and j_clean and not i_clean
+        causal = i_block >= j_block and j_clean and i_clean
+        return max(i, j) < 2 * n and (diagonal or offset_causal or causal)
+
+    return rule
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize(
     ("text", "rule"),
@@ -48,6 +87,17 @@ def raster(length, rule):
         ("dilated(4, 5)", lambda i, j: j in {i, i - 5, i - 10, i - 15}),
         ("dilated(2, 1, 5)", lambda i, j: j in {i - 10, i - 5, i, i + 5}),
         ("window(5, 5) | global_tokens(3)", lambda i, j: abs(i - j) <= 5 or min(i, j) < 3),
+        ("near2d(9, 13, 2)", natten_of((9, 13), (5, 5))),
+        ("near2d(7, 9, (1, 3), channels=3)", natten_of((7, 9), (3, 7), channels=3)),
+        ("near3d(4, 5, 6, (1, 1, 2), channels=2)", natten_of((4, 5, 6), (3, 3, 5), channels=2)),
+        ("tiles2d(12, 16, 4, (0, 1))", natten_of((12, 16), (1, 3), tile=(4, 4))),
+        (
+            "tiles3d(6, 6, 7, (2, 2, 3), 1, channels=1)",
+            natten_of((6, 6, 7), (3, 3, 3), tile=(2, 2, 3)),
+        ),
+        ("block_diffusion(8, 64)", block_diffusion_of_the_authors(8, 64)),
+        ("block_diffusion(7, 50)", block_diffusion_of_the_authors(7, 50)),
+        ("global_at(0, 17, 63, 299)", lambda i, j: bool({i, j} & {0, 17, 63, 299})),
         ("window(1, 1, block=12)", lambda i, j: abs(i // 12 - j // 12) <= 1),
     ],
 )
@@ -255,3 +305,57 @@ def test_every_seed_layer_and_head_has_a_plan_of_its_own_whenever_it_is_drawn():
     for key in reversed(keys):
         assert torch.equal(plan(*key), plans[key])
     assert len({tuple(cells.flatten().tolist()) for cells in plans.values()}) == 27
+
+
+# --------------------------------------------------------------------------------- pictures
+
+
+def attention_gym(shape, kernel):
+    """The neighbourhood by its middle, which is kept away from the borders."""
+
+    def rule(i, j):
+        seen = True
+        places = divmod(i, shape[1]), divmod(j, shape[1])
+        for a, b, pixels, size in zip(*places, shape, kernel, strict=True):
+            middle = min(max(a, size // 2), pixels - 1 - size // 2)
+            seen = seen and abs(middle - b) <= size // 2
+        return seen
+
+    return rule
+
+
+@pytest.mark.parametrize("kernel", [(3, 3), (5, 3), (1, 7), (9, 11)])
+def test_both_definitions_of_the_neighbourhood_are_the_same(kernel):
+    pattern = near2d(9, 11, tuple(size // 2 for size in kernel))
+    wanted = raster(99, natten_of((9, 11), kernel))
+    assert torch.equal(wanted, raster(99, attention_gym((9, 11), kernel)))
+    assert torch.equal(pattern.dense(99), wanted)
+    assert (wanted.sum(dim=1) == math.prod(kernel)).all()
+
+
+def test_a_window_wider_than_the_picture_is_all_of_it():
+    assert near2d(5, 6, 2**31 - 1, channels=2).dense(60).all()
+    assert near2d(5, 6, (2, 3)).dense(30).all()
+    assert near2d(5, 6, (1, 3)).dense(30).sum(dim=1).eq(18).all()
+    assert torch.equal(tiles2d(5, 6, 1, 2).dense(30), near2d(5, 6, 2).dense(30))
+    assert tiles2d(5, 6, 1, 2) == near2d(5, 6, 2)
+
+
+def test_tiles_that_are_stored_whole_are_pixels_of_many_channels():
+    # A picture of 8 x 12 in tiles of 4 x 3: the token that stands at each place, tile by tile.
+    stored = torch.arange(96).view(2, 4, 4, 3).transpose(1, 2).flatten()
+    by_rows = tiles2d(8, 12, (4, 3), (0, 1)).dense(96)
+    assert torch.equal(by_rows[stored][:, stored], near2d(2, 4, (0, 1), channels=12).dense(96))
+
+
+def test_a_causal_picture_shows_the_rows_above_and_the_pixels_before():
+    assert (causal() & near2d(3, 4, 1)).draw(12).splitlines()[5:7] == [
+        "xxx.xx......",
+        ".xxx.xx.....",
+    ]
+    assert row_of(near2d(4, 4, 1), 0) == [0, 1, 2, 4, 5, 6, 8, 9, 10]
+    assert row_of(near2d(4, 4, 1), 15) == [5, 6, 7, 9, 10, 11, 13, 14, 15]
+
+
+def row_of(pattern, i):
+    return pattern.dense(16)[i].nonzero().flatten().tolist()

@@ -8,12 +8,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kernels.patterns import (
+    block_diffusion,
     blocks,
     causal,
     dilated,
     fixed,
     full,
+    global_at,
     global_tokens,
+    near2d,
+    near3d,
     others,
     parse,
     per_head,
@@ -22,6 +26,8 @@ from kernels.patterns import (
     sinks,
     strided,
     summary,
+    tiles2d,
+    tiles3d,
     window,
 )
 from kernels.patterns.algebra import Not
@@ -29,7 +35,20 @@ from kernels.patterns.draws import hash_integers
 
 BIGBIRD = causal() & (window(3, block=4) | global_tokens(8) | random_blocks(2, block=4))
 
+
+def strided_of_paper(length):
+    return causal() & (window(length) | strided(length))
+
+
 sizes = st.integers(1, 9)
+
+
+def axes(count, least):
+    """A size for every axis, or one for all."""
+    size = st.integers(least, 4)
+    return st.one_of(size, st.tuples(*[size] * count))
+
+
 terms = st.one_of(
     st.just(causal()),
     st.just(full()),
@@ -50,6 +69,12 @@ terms = st.one_of(
     st.just(others()),
     sizes.map(prefix),
     sizes.map(sinks),
+    st.tuples(sizes, st.integers(1, 40)).map(lambda s: block_diffusion(*s)),
+    st.lists(st.integers(0, 99), min_size=1, max_size=5).map(lambda s: global_at(*s)),
+    st.builds(near2d, sizes, sizes, axes(2, 0), st.integers(1, 3)),
+    st.builds(near3d, sizes, sizes, sizes, axes(3, 0), st.integers(1, 2)),
+    st.builds(tiles2d, sizes, sizes, axes(2, 1), axes(2, 0), st.integers(1, 3)),
+    st.builds(tiles3d, sizes, sizes, sizes, axes(3, 1), axes(3, 0), st.integers(1, 2)),
     st.tuples(sizes, sizes, sizes).map(lambda s: random_blocks(s[0], block=s[1], seed=s[2])),
 )
 patterns = st.recursive(
@@ -142,16 +167,73 @@ def test_each_head_has_its_pattern_in_turn():
     assert not per_head(window(3), window(3)).differs_by_head
 
 
+# ------------------------------------------------------------------------------ large sizes
+
+MOST = 2**31 - 1
+
+
+@pytest.mark.parametrize(
+    ("pattern", "same"),
+    [
+        (window(MOST), causal()),
+        (window(MOST, MOST), full()),
+        (window(MOST, MOST, block=MOST), full()),
+        (dilated(MOST, 2), causal() & strided(2)),
+        (dilated(2**30 + 1, 2), causal() & strided(2)),
+        (dilated(MOST, MOST, 3), strided(3)),
+        (dilated(50_000, 50_000), window(1)),
+        (dilated(MOST, MOST, MOST), window(1)),
+        (strided(MOST), window(1)),
+        (fixed(MOST, MOST), full()),
+        (fixed(MOST, 1), full()),
+        (summary(MOST, MOST), full()),
+        (global_tokens(MOST), full()),
+        (prefix(MOST), full()),
+        (sinks(MOST), full()),
+        (blocks("x", MOST), full()),
+        (near2d(2**14, 2**14, MOST), full()),
+        (block_diffusion(MOST, MOST), full()),
+        (global_at(0, MOST), global_tokens(1)),
+    ],
+)
+def test_the_largest_sizes_show_what_they_say(pattern, same):
+    position = torch.arange(64, dtype=torch.int32)  # as kernels and lists of tiles have them
+    for seen in (pattern.dense(64), pattern.visible(position[:, None], position[None])):
+        assert torch.equal(seen.expand(64, 64), same.dense(64))
+    assert pattern.keys_per_query(64) == same.keys_per_query(64)
+    assert torch.equal(pattern.tiles(64, 16).layout(), same.tiles(64, 16).layout())
+
+
+def test_a_dilation_far_apart_reaches_all_of_a_long_sequence():
+    assert (causal() & dilated(50_000, 50_000)).keys_per_query(200_000) == 2.5
+
+
+@pytest.mark.parametrize(
+    ("pattern", "keys"),
+    [
+        (strided_of_paper(128), lambda i: (i + 1).clamp(max=128) + i // 128),
+        (causal() & strided(10**5), lambda i: i // 10**5 + 1),
+        (causal() & dilated(5, 100), lambda i: (i // 100 + 1).clamp(max=5)),
+        (causal() & fixed(128, 8), lambda i: i % 128 + 1 + 8 * (i // 128)),
+    ],
+)
+def test_a_million_tokens_are_counted_where_they_are_dense(pattern, keys):
+    cells = int(keys(torch.arange(2**20)).sum())
+    assert pattern.keys_per_query(2**20) * 2**20 == cells
+
+
+@pytest.mark.parametrize("length", [0, -1, 2**31])
+def test_impossible_lengths_are_refused_in_a_sentence(length):
+    with pytest.raises(ValueError, match=rf"length must be .* got length={length}\."):
+        causal().keys_per_query(length)
+
+
 # --------------------------------------------------------------------- the sets of the papers
 
 
 def row(pattern, i, length=None):
     """The keys that query ``i`` sees."""
     return pattern.dense(length or i + 1)[i].nonzero().flatten().tolist()
-
-
-def strided_of_paper(length):
-    return causal() & (window(length) | strided(length))
 
 
 def test_strided_and_fixed_rows_are_those_of_the_paper():
@@ -260,6 +342,10 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
     ("make", "given"),
     [
         (lambda: window(0), r"window\(0\)"),
+        (lambda: window(2**31), r"below 2\*\*31, got window\(2147483648\)"),
+        (lambda: strided(2**33), r"strided\(8589934592\)"),
+        (lambda: dilated(2, 2**31), r"dilated\(2, 2147483648\)"),
+        (lambda: random_blocks(1, block=2**15 + 1), "block=32769"),
         (lambda: window(-1, 3), r"window\(-1, 3\)"),
         (lambda: window(3, block=0), "block=0"),
         (lambda: global_tokens(0), r"global_tokens\(0\)"),
@@ -281,6 +367,16 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
         (lambda: blocks("", block=1), "0 rows"),
         (lambda: blocks("xo/ox", block=1), "'o'"),
         (lambda: per_head(), "got none"),
+        (lambda: near2d(0, 4, 1), r"size must be .* near2d\(0, 4"),
+        (lambda: near2d(4, 4, -1), "radius=-1"),
+        (lambda: near2d(4, 4, (1, 2, 3)), r"for each axis, .* radius=\(1, 2, 3\)"),
+        (lambda: near3d(2, 4, 4, 1, channels=0), "channels=0"),
+        (lambda: near2d(2**16, 2**15, 1), r"2\*\*31 tokens"),
+        (lambda: tiles2d(4, 4, (2, 0), 1), r"tile=\(2, 0\)"),
+        (lambda: block_diffusion(0, 8), r"block_diffusion\(0, 8\)"),
+        (lambda: block_diffusion(8, 0), r"block_diffusion\(8, 0\)"),
+        (lambda: global_at(), "got none"),
+        (lambda: global_at(3, -1), r"global_at\(3, -1\)"),
     ],
 )
 def test_impossible_sizes_are_refused_with_the_value(make, given):

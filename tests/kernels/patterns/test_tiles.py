@@ -6,16 +6,23 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.patterns import (
+    block_diffusion,
     blocks,
     causal,
     dilated,
+    find_tiles,
     fixed,
     full,
+    global_at,
     global_tokens,
+    near2d,
+    near3d,
     others,
     per_head,
     random_blocks,
     strided,
+    tiles2d,
+    tiles3d,
     window,
 )
 from kernels.patterns.algebra import Not
@@ -159,6 +166,46 @@ def test_what_is_full_is_listed_as_full():
     assert full().tiles(100, 16).full.all()
 
 
+@pytest.mark.parametrize("beside", [full(), causal(), causal() & window(3), others() & window(1)])
+def test_random_blocks_beyond_all_tokens_are_listed(beside):
+    pattern = beside & random_blocks(2, block=2**12)
+    with Largest() as largest:
+        tiles = pattern.tiles(70, 16)
+    plain = Order(), Order()
+    assert_lists(tiles, *brute_force(pattern, *plain, 70, 70, (16, 16), [0]))
+    assert largest.elements <= 2**18
+
+
+@pytest.mark.parametrize("tile", [(16, 16), (64, 16), (7, 1)])
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        near2d(9, 11, (2, 1), channels=3),
+        near3d(5, 6, 7, (1, 2, 2)),
+        tiles2d(20, 15, (4, 3), 1),
+        tiles3d(5, 6, 7, 2, (1, 0, 1)),
+        block_diffusion(12, 100),
+        global_at(3, 50, 51, 52, 53, 54, 55, 56, 120),
+    ],
+)
+def test_formulas_alone_decide_about_every_tile(pattern, tile, monkeypatch):
+    wanted = brute_force(pattern, Order(), Order(), 230, 230, tile, [0])
+    looked = []
+    monkeypatch.setattr(find_tiles, "look", lambda *tiles: looked.extend(tiles[2].T) or [])
+    tiles = pattern.tiles(230, tile)
+    assert not looked
+    assert_lists(tiles, *wanted)
+    assert int(tiles.full.sum()) == int(wanted[1].sum())
+
+
+def test_large_tiles_are_looked_at_in_pieces():
+    pattern = window(3) & window(0, 2, block=7) | others() & window(1)
+    with Largest() as largest:
+        tiles = pattern.tiles(1300, 600)
+    assert largest.elements <= 2**18
+    assert_lists(tiles, *brute_force(pattern, Order(), Order(), 1300, 1300, (600, 600), [0]))
+
+
 @pytest.mark.parametrize(
     ("pattern", "live"),
     [
@@ -217,6 +264,7 @@ def test_a_slot_stands_where_the_order_says():
         ((8, (4, -1)), "tile=-1"),
         ((8, 4, 0), "heads=0"),
         ((8, 4, 1, "cpu", 0), "keys=0"),
+        ((2**31, 64), f"queries={2**31}"),
     ],
 )
 def test_impossible_sizes_are_refused_in_a_sentence(arguments, message):
