@@ -21,6 +21,7 @@ from kernels.patterns.terms.dilated import dilated
 from kernels.patterns.terms.fixed import fixed, summary
 from kernels.patterns.terms.full import full
 from kernels.patterns.terms.global_tokens import global_tokens
+from kernels.patterns.terms.leading_queries import leading_queries
 from kernels.patterns.terms.others import others
 from kernels.patterns.terms.per_head import per_head
 from kernels.patterns.terms.prefix import prefix
@@ -39,6 +40,7 @@ __all__ = [
     "fixed",
     "full",
     "global_tokens",
+    "leading_queries",
     "others",
     "parse",
     "per_head",

@@ -14,6 +14,7 @@ from kernels.patterns import (
     fixed,
     full,
     global_tokens,
+    leading_queries,
     others,
     parse,
     per_head,
@@ -50,6 +51,7 @@ terms = st.one_of(
     st.just(others()),
     sizes.map(prefix),
     sizes.map(sinks),
+    sizes.map(leading_queries),
     st.tuples(sizes, sizes, sizes).map(lambda s: random_blocks(s[0], block=s[1], seed=s[2])),
 )
 patterns = st.recursive(
@@ -102,6 +104,12 @@ def test_sinks_are_seen_by_all_and_see_no_more_than_others():
         x.xx.
         x..xx""")
     assert sinks(2).draw(4) == "xx..\nxx..\nxx..\nxx.."
+
+
+def test_leading_queries_and_sinks_are_the_rows_and_columns_of_global_tokens():
+    assert leading_queries(2).draw(4) == "xxxx\nxxxx\n....\n...."
+    together = leading_queries(3) | sinks(3)
+    assert torch.equal(together.dense(9), global_tokens(3).dense(9))
 
 
 def test_block_window_follows_block_numbers():
