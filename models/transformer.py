@@ -147,7 +147,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
         first = 0 if cache is None else cache.position  # where in the sequence these tokens begin
-        x = self.embedding(tokens, first)
+        x = self.embedding(tokens, first, documents)
         x = self.blocks(x, self._context(x, first, documents), cache)
         if cache is not None and not cache.started:
             cache.start(x.shape[1], x.device)
