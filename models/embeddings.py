@@ -14,8 +14,8 @@ class RasterPositions(nn.Module):
 
     Images are rows, columns and channels; text may be laid out as a matrix of rows and columns.
     Entry ``t`` is the place of token ``t`` of a document, which is the token that input ``t``
-    predicts (input 0 is the start id). The released code of the source gives input ``t`` the place of the token it
-    holds, and the start none; the two differ by one step along the raster.
+    predicts (input 0 is the start id). The released code of the source gives input ``t`` the place
+    of the token it holds, and the start none; the two differ by one step along the raster.
 
     Args:
         dim: width of the model.

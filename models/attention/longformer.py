@@ -23,8 +23,9 @@ class LongformerAttention(PatternAttention):
     ``window // 2`` to each side; ``attention_window`` of the released code counts one side.
 
     The leading ``global_tokens`` of a document are seen by every later token of it. Bidirectional
-    they also see every token, through queries, keys and values of their own (section 3.1) that start as copies of the
-    others; other tokens see them by the common maps, in one softmax with the window.
+    they also see every token, through queries, keys and values of their own (section 3.1) that
+    start as copies of the others; other tokens see them by the common maps, in one softmax with the
+    window.
 
     Args:
         causal: later tokens are hidden.

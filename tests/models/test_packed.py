@@ -1,11 +1,13 @@
 """Packed = alone: documents in a row give the logits and gradients that each gives by itself."""
 
+import numpy as np
 import pytest
 import torch
 from hydra.utils import instantiate
 from torch import nn
 
 from data.batches.batch import NextTokenBatches
+from data.batches.masking import MaskedBatches, Masking
 from data.batches.windows import EvaluationWindows, Stream
 from data.corpora import Split
 from tests.support.configs import MODELS, SMALL, composed
@@ -15,25 +17,27 @@ ROWS = [[1, 300, 37, 64, 2, 1, 130, 65], [5, 129, 3, 200, 1, 1, 15, 246]]  # tok
 
 MATRIX = ["model.rotary_base=null", "model.embedding.matrix_shape=[20,30]"]
 BIGBIRD = ["model=bigbird", "model.attention.bigbird.block=8"]
-ENCODER = [*BIGBIRD, "model.attention.bigbird.causal=false", "model.attention.bigbird.random_blocks=0"]
-LONGFORMER = ["model=longformer", "model.attention.longformer.causal=false"]
+GLOBAL = ["model=longformer", "model.attention.longformer={window: 8, global_tokens: 3}"]
+DENSE_ENCODER = ["model=dense", "model.attention.dense.causal=false"]
+BIGBIRD_ENCODER = [*BIGBIRD, "model.attention.bigbird={causal: false, random_blocks: 0}"]
+LONGFORMER_ENCODER = [*GLOBAL, "model.attention.longformer.causal=false"]
 CASES = [
     *([f"model={name}"] for name in MODELS),
     *([f"model={name}", *MATRIX] for name in MODELS),
     [*BIGBIRD],
     [*BIGBIRD, "model.attention.bigbird.global_tokens=5"],
-    ["model=longformer", "model.attention.longformer={window: [8,16], dilation: 3, dilated_heads: 1}"],
-    ["model=longformer", "model.attention.longformer={window: 8, global_tokens: 3}"],
+    GLOBAL,
+    ["model=longformer", "model.attention.longformer={window: [8,16], dilation: 3}"],
     ["model=sparse_transformer", "model.attention.sparse_transformer={stride: 16, cells: 4}"],
     ["model=sparse_transformer", "model.attention.sparse_transformer={stride: 16, kind: strided}"],
-    ["model=sparse_transformer", "model.attention.sparse_transformer={stride: 16, cells: 4, use: layers}"],
-    ["model=dense", "model.attention.dense.causal=false"],
-    ENCODER,
-    [*ENCODER, *MATRIX],
-    [*LONGFORMER, "model.attention.longformer={window: 8, global_tokens: 6}"],
-    [*LONGFORMER, "model.attention.longformer={window: 8, global_tokens: 70}", *MATRIX],
-    [*LONGFORMER, "model.attention.longformer={window: 8, global_tokens: 6, "
-     "global_projections: false}"],
+    ["model=sparse_transformer", *MATRIX,
+     "model.attention.sparse_transformer={stride: 16, cells: 4, use: layers}"],
+    DENSE_ENCODER,
+    BIGBIRD_ENCODER,
+    [*BIGBIRD_ENCODER, *MATRIX],
+    LONGFORMER_ENCODER,
+    [*LONGFORMER_ENCODER, "model.attention.longformer.global_tokens=70", *MATRIX],
+    [*LONGFORMER_ENCODER, "model.attention.longformer.global_projections=false"],
 ]  # fmt: skip
 
 
@@ -75,3 +79,61 @@ def test_documents_in_a_row_are_as_each_alone(overrides):
 
     assert_equal(model, [packed.flatten(0, 1)], [alone])
     assert_equal(model, gradients, wanted)
+
+
+# ---------------------------------------------------------------------------------- through data
+
+TEXTS = [40, 1, 17, 3, 90, 25]  # tokens of documents, 176 in all
+
+
+def stream(documents):
+    tokens = np.random.default_rng(0).integers(START, size=sum(TEXTS)).astype(np.uint8)
+    starts = np.cumsum([0, *TEXTS[:-1]])
+    return Stream(Split(tokens, starts), documents, START)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [16, 50, 200])
+@pytest.mark.parametrize("overrides", [BIGBIRD, GLOBAL, [*GLOBAL, *MATRIX]], ids=" ".join)
+def test_packed_rows_score_every_token_once_and_as_if_its_document_stood_alone(overrides, length):
+    model, text = build(*overrides), stream("pack")
+    windows = EvaluationWindows(text, length)
+    inputs, targets, documents = NextTokenBatches(windows, START, pack=True)[range(len(windows))]
+    assert targets[targets >= 0].tolist() == text.tokens.tolist()
+
+    packed, alone = model.nats(inputs, targets, documents), torch.zeros(inputs.shape)
+    for row, numbers in enumerate(documents):
+        for number in numbers.unique():
+            own = numbers == number
+            alone[row, own] = model.nats(inputs[row, own][None], targets[row, own][None])[0]
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("documents", ["stream", "pack", "split"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        DENSE_ENCODER,
+        BIGBIRD_ENCODER,
+        LONGFORMER_ENCODER,
+        [*LONGFORMER_ENCODER, "model.embedding.matrix_shape=[100,10]"],
+        [*LONGFORMER_ENCODER, "model.embedding.global_vectors=3"],
+        [*BIGBIRD_ENCODER, "model.embedding.global_vectors=20"],
+    ],
+    ids=" ".join,
+)
+def test_a_masked_token_does_not_see_how_much_padding_its_row_has(overrides, documents):
+    if documents == "pack" and "model.embedding.global_vectors" in overrides[-1]:
+        pytest.skip("refused: the vectors of a row are of one document")
+    model = build(*overrides, "model.embedding.mask=true")
+    text, scores = stream(documents), []
+    for length in (200, 201, 300):  # each window is a whole span
+        windows = EvaluationWindows(text, length)
+        batches = MaskedBatches(windows, Masking(0.3, 0.8, 0.1), START, (0,), documents=True)
+        inputs, targets, numbers = batches[range(len(windows) + 1)]  # the last is padding only
+        assert (inputs[:, -1] == START).all()
+        assert (targets[-1] < 0).all()
+        scores.append(model.nats(inputs, targets, numbers)[targets >= 0])
+    for more in scores[1:]:
+        torch.testing.assert_close(more, scores[0], rtol=1e-5, atol=1e-6)
