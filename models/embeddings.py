@@ -82,7 +82,7 @@ class Embedding(nn.Embedding):
         matrix_shape: rows and columns: adds a learned embedding of each, as if each document were
             written into a matrix; None: no such positions.
         global_vectors: learned vectors in front of the tokens, which are no text and not scored
-            (the extra tokens of BigBird-ETC).
+            (the extra tokens of BigBird-ETC); of several documents of a row, the first has them.
         dropout: probability, on all of it.
 
     Raises:
