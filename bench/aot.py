@@ -34,9 +34,10 @@ from kernels.patterns import parse
 # One rule that holds every term.
 EVERY_TERM = (
     "causal() & others() & (window(8) | window(2, block=4) | dilated(3, 2) | strided(5)"
-    " | fixed(8, 2) | global_tokens(2) | prefix(3) | sinks(2) | blocks('x./xx', block=8)"
-    " | near2d(8, 8, 2, channels=2) | block_diffusion(8, 64) | global_at(3, 40)"
-    " | random_blocks(2, block=4) | per_head(window(3), strided(7), summary(4, 2)))"
+    " | fixed(8, 2) | global_tokens(2) | prefix(3) | sinks(2) | leading_queries(2)"
+    " | blocks('x./xx', block=8) | near2d(8, 8, 2, channels=2) | block_diffusion(8, 64)"
+    " | global_at(3, 40) | random_blocks(2, block=4)"
+    " | per_head(window(3), strided(7), summary(4, 2)))"
 )
 COMMON = "causal() & (window(512) | global_tokens(16))"
 STRIDED = "causal() & (window(8) | strided(8))"  # tokens by residue, merged with a window

@@ -34,7 +34,7 @@ def generate(
         model: a causal model with ``vocab_size`` (the start id, put before the prompt), ``cache``
             and ``next_logits``, see `models.transformer.Transformer`; a pass of one token must not
             wait for the GPU.
-        prompt: token ids ``(B, P)``; P may be 0.
+        prompt: token ids ``(B, P)`` of one document a row; P may be 0.
         tokens: how many to sample.
         context: tokens that the model looks back at, at most.
         temperature: divides the logits; 0 takes the most likely token.
@@ -56,7 +56,7 @@ def generate(
     if prompt.numel() and not 0 <= prompt.min() <= prompt.max() < model.vocab_size:
         raise ValueError(
             f"a prompt must hold tokens of 0 to {model.vocab_size - 1}, got {int(prompt.min())} to "
-            f"{int(prompt.max())}."
+            f"{int(prompt.max())}; of several documents, give the last one without its start id."
         )
     device = next(model.parameters()).device
     start = prompt.new_full((len(prompt), 1), model.vocab_size)

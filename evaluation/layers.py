@@ -1,11 +1,13 @@
 """What the layers of a model show, and which of them are alike: random draws make no difference."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from kernels.patterns import Pattern
+from kernels.patterns.terms.random_blocks import RandomBlocks
 from models.attention import Attention, Chosen
 
 
@@ -61,3 +63,27 @@ def visible_for(model: nn.Module, tokens: Tensor) -> list[Pattern | Chosen]:
         for hook in hooks:
             hook.remove()
     return found
+
+
+def share_of_draws_inside(pattern: Pattern, documents: Tensor, heads: int) -> float | None:
+    """Share of the blocks drawn for documents ``(B, L)`` that lie inside them and show something.
+
+    Bidirectional random blocks are drawn for the whole row; None if the pattern has none.
+    """
+    sizes = [n for row in documents for n in row.unique_consecutive(return_counts=True)[1].tolist()]
+    inside = drawn = 0
+    for term in _bidirectional_draws(pattern.bound()):
+        draws = term.draws(heads, documents.shape[1])
+        for size in sizes:
+            blocks = -(-size // term.block)
+            own = draws[:, :blocks]
+            inside += int(((own >= 0) & (own < blocks)).sum())
+            drawn += int((own >= 0).sum())
+    return inside / drawn if drawn else None
+
+
+def _bidirectional_draws(pattern: Pattern) -> Iterator[RandomBlocks]:
+    if isinstance(pattern, RandomBlocks) and not pattern.surroundings.around.is_causal:
+        yield pattern
+    for operand in pattern.operands:
+        yield from _bidirectional_draws(operand)

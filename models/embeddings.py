@@ -6,14 +6,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels.common.documents import first_tokens
+
 
 class RasterPositions(nn.Module):
     """Learned embeddings of each coordinate, added up: where in a raster a token belongs.
 
     Images are rows, columns and channels; text may be laid out as a matrix of rows and columns.
-    Entry ``t`` is the place of token ``t``, which is the token that input ``t`` predicts (input 0
-    is the start id). The released code of the source gives input ``t`` the place of the token it
-    holds, and the start none; the two differ by one step along the raster.
+    Entry ``t`` is the place of token ``t`` of a document, which is the token that input ``t``
+    predicts (input 0 is the start id). The released code of the source gives input ``t`` the place
+    of the token it holds, and the start none; the two differ by one step along the raster.
 
     Args:
         dim: width of the model.
@@ -43,20 +45,21 @@ class RasterPositions(nn.Module):
         for embedding in self.coordinates:
             nn.init.normal_(embedding.weight, std=std / len(self.shape) ** 0.5)
 
-    def forward(self, length: int, first: int | Tensor = 0) -> Tensor:
-        """``length`` entries from number ``first``, ``(L, dim)``.
+    def check_length(self, length: int) -> None:
+        """Refuse sequences of more tokens than the raster has.
 
         Raises:
-            ValueError: if the raster has fewer tokens; not if ``first`` is a tensor (), whose value
-                only its device knows.
+            ValueError: if it has fewer.
         """
-        if not isinstance(first, Tensor) and first + length > math.prod(self.shape):
+        if length > math.prod(self.shape):
             raise ValueError(
                 f"learned positions reach {math.prod(self.shape):,} tokens {self.shape}, got "
-                f"{first + length:,}; shorten the sequence (data.length, context), or train with a "
-                f"larger model.embedding.matrix_shape."
+                f"{length:,}; shorten the sequence (data.length, context), or train with a larger "
+                f"model.embedding.matrix_shape."
             )
-        token = first + torch.arange(length, device=self.coordinates[0].weight.device)
+
+    def forward(self, token: Tensor) -> Tensor:
+        """Entries of tokens by their number, ``(...)`` integers -> ``(..., dim)``."""
         total = 0
         for size, embedding in zip(reversed(self.shape), reversed(self.coordinates), strict=True):
             total = total + embedding(token % size)
@@ -75,11 +78,11 @@ class Embedding(nn.Embedding):
         vocab_size: number of different tokens.
         mask: whether there is a mask id, for models that predict masked tokens.
         image_shape: rows, columns and channels of the images that the tokens are: adds a learned
-            embedding of each, so sequences must begin where an image does; None: no images.
-        matrix_shape: rows and columns: adds a learned embedding of each, as if the text were
+            embedding of each, so documents must begin where an image does; None: no images.
+        matrix_shape: rows and columns: adds a learned embedding of each, as if each document were
             written into a matrix; None: no such positions.
         global_vectors: learned vectors in front of the tokens, which are no text and not scored
-            (the extra tokens of BigBird-ETC).
+            (the extra tokens of BigBird-ETC); of several documents of a row, the first has them.
         dropout: probability, on all of it.
 
     Raises:
@@ -132,19 +135,30 @@ class Embedding(nn.Embedding):
         number = torch.ones_like(self.weight[:, :1], dtype=torch.int64).cumsum(dim=0)
         self.weight.masked_fill_(number == self.start_id + 1, 0.0)
 
-    def forward(self, tokens: Tensor, first: int | Tensor = 0) -> Tensor:
+    def forward(
+        self, tokens: Tensor, first: int | Tensor = 0, documents: Tensor | None = None
+    ) -> Tensor:
         """Token ids ``(B, L)`` -> ``(B, num_global + L, dim)``.
 
         Args:
             tokens: ids.
             first: number of the first of them in its sequence, an int or a tensor ().
+            documents: number of each token's document ``(B, L)``, non-decreasing: learned positions
+                begin with each; None: all tokens of a row are of one.
 
         Raises:
-            ValueError: if there are no positions for so many.
+            ValueError: if there are no positions for so many; not if ``first`` is a tensor, whose
+                value only its device knows.
         """
         x = super().forward(tokens)
-        for positions in self.positions:
-            x = x + positions(tokens.shape[1], first)
+        if self.positions:
+            if not isinstance(first, Tensor):  # no document is longer than its row
+                self.check_length(first + tokens.shape[1])
+            number = first + torch.arange(tokens.shape[1], device=tokens.device)
+            if documents is not None:
+                number = number - first_tokens(documents)
+            for positions in self.positions:
+                x = x + positions(number)
         if self.global_vectors is not None:
             vectors = self.global_vectors.weight.to(x.dtype)
             x = torch.cat((vectors.expand(len(x), -1, -1), x), dim=1)
@@ -157,7 +171,7 @@ class Embedding(nn.Embedding):
             ValueError: if ``length`` is more than the learned positions reach.
         """
         for positions in self.positions:
-            positions(length)
+            positions.check_length(length)
 
 
 def rotary_tables(positions: Tensor, head_size: int, base: float) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from kernels.common.documents import first_tokens
 from models.attention import Attention, Context, MakeAttention
 from models.cache import Cache
 from models.embeddings import Embedding, rotary_tables
@@ -134,20 +135,33 @@ class Transformer(nn.Module):
         return Cache([attention.cache(length) for _, attention in self.attentions()])
 
     @torch.no_grad()
-    def next_logits(self, tokens: Tensor, cache: Cache) -> Tensor:
+    def next_logits(self, tokens: Tensor, cache: Cache, documents: Tensor | None = None) -> Tensor:
         """Logits of the token after these, ``(B, L)`` -> ``(B, vocab_size)``; the cache takes them.
 
         The first call takes as many as there are, and each later one, after ``cache.advance()``, a
-        single token.
+        single token of the same document.
+
+        Args:
+            tokens: ids ``(B, L)``.
+            cache: of this model.
+            documents: see `forward`; of several, the last alone is read, and kept.
+
+        Raises:
+            ValueError: if the last documents of the rows begin at different tokens.
         """
+        if documents is not None:
+            tokens = tokens[:, _start_of_last(documents) :]
         return self.head(self.hidden_states(tokens, cache=cache)[:, -1])
 
     def hidden_states(
         self, tokens: Tensor, documents: Tensor | None = None, cache: Cache | None = None
     ) -> Tensor:
-        """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``."""
+        """Token ids ``(B, L)`` -> the residual stream after the last block ``(B, L, dim)``.
+
+        With a cache, all tokens must be of one document.
+        """
         first = 0 if cache is None else cache.position  # where in the sequence these tokens begin
-        x = self.embedding(tokens, first)
+        x = self.embedding(tokens, first, documents)
         x = self.blocks(x, self._context(x, first, documents), cache)
         if cache is not None and not cache.started:
             cache.start(x.shape[1], x.device)
@@ -196,6 +210,17 @@ class Transformer(nn.Module):
                 "global vectors in front of the tokens are for attentions that see later tokens; "
                 "set model.embedding.global_vectors=0, or causal=false of the attention."
             )
+
+
+def _start_of_last(documents: Tensor) -> int:
+    """The first token of the last document of all rows."""
+    starts = first_tokens(documents)[:, -1].unique().tolist()
+    if len(starts) > 1:
+        raise ValueError(
+            f"a cache counts the tokens of all rows alike, so that their last documents must begin "
+            f"at the same token, got {starts}; give each such row a cache of its own."
+        )
+    return starts[0]
 
 
 def _check_sizes(dim: int, layers: int, heads: int, rotary_base: float | None) -> None:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from data.batches.windows import EvaluationWindows, TrainingWindows
+from data.batches.windows import PADDING, EvaluationWindows, TrainingWindows
 
 
 class Batch(NamedTuple):
@@ -24,16 +24,19 @@ class Batch(NamedTuple):
     documents: Tensor | None = None
 
 
-def number_documents(inputs: Tensor, start_id: int) -> Tensor:
-    """Number the documents of each row ``(B, L)``, from 0; each start id begins a new one."""
-    return (inputs == start_id).cumsum(dim=1, dtype=torch.int32)
+def number_documents(items: Tensor, start_id: int) -> Tensor:
+    """Number the documents of each row of items ``(B, L)``, from 0: ``(B, L)`` int32.
+
+    Each start id begins one. The padding at the end of a row is one of its own.
+    """
+    return (items == start_id).cumsum(dim=1, dtype=torch.int32) + (items == PADDING)
 
 
 class NextTokenBatches:
     """Batches in which each token of a window predicts the one after it.
 
     Targets that are a start id or padding are not scored. Padding stands at the end of a row, where
-    no scored token sees it, so as an input it may be any token: it is 0.
+    no token of a causal model sees it, so as an input it may be any token: it is 0.
 
     Args:
         windows: rows ``(B, L + 1)`` of token ids, start ids and padding (-1).
@@ -52,6 +55,7 @@ class NextTokenBatches:
 
     def batch(self, rows: Tensor) -> Batch:
         """Rows ``(B, L + 1)`` -> a batch of ``L`` tokens each."""
-        inputs, targets = rows[:, :-1].clamp(min=0), rows[:, 1:]
-        documents = number_documents(inputs, self.start_id) if self.pack else None
-        return Batch(inputs, targets.masked_fill(targets == self.start_id, -1), documents)
+        items, targets = rows[:, :-1], rows[:, 1:]
+        documents = number_documents(items, self.start_id) if self.pack else None
+        targets = targets.masked_fill(targets == self.start_id, PADDING)
+        return Batch(items.clamp(min=0), targets, documents)

@@ -60,7 +60,7 @@ class Masking:
 
         Returns:
             Inputs and targets ``(2, L)``. A target that is not scored is -1; padding as an input is
-            the start id, so that it is no part of the document before it.
+            the start id.
         """
         inputs = np.where(items == PADDING, vocab_size, items)
         targets = np.full_like(items, PADDING)
@@ -83,8 +83,8 @@ class MaskedBatches:
         masking: how.
         vocab_size: see `Masking.apply`.
         seed: with its number, all that the masks of a window depend on.
-        documents: number the documents of each row: several, or one and padding, which as an input
-            is a start id and therefore a document of its own, seen by no token.
+        documents: number the documents of each row: several, or one and padding, which no token of
+            another document sees; false only for rows of one document without padding.
     """
 
     def __init__(
@@ -102,12 +102,15 @@ class MaskedBatches:
         return len(self.windows)
 
     def __getitem__(self, numbers: Sequence[int]) -> Batch:
+        items = self.windows[numbers][:, 1:]
         rows = [
-            self.masking.apply(row[1:], self.vocab_size, self._draw(number))
-            for row, number in zip(self.windows[numbers], numbers, strict=True)
+            self.masking.apply(row, self.vocab_size, self._draw(number))
+            for row, number in zip(items, numbers, strict=True)
         ]
         inputs, targets = torch.from_numpy(np.stack(rows, axis=1))
-        documents = number_documents(inputs, self.vocab_size) if self.documents else None
+        documents = None
+        if self.documents:
+            documents = number_documents(torch.from_numpy(items), self.vocab_size)
         return Batch(inputs, targets, documents)
 
     def _draw(self, number: int) -> np.random.Generator:

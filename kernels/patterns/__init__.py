@@ -23,6 +23,7 @@ from kernels.patterns.terms.fixed import fixed, summary
 from kernels.patterns.terms.full import full
 from kernels.patterns.terms.global_at import global_at
 from kernels.patterns.terms.global_tokens import global_tokens
+from kernels.patterns.terms.leading_queries import leading_queries
 from kernels.patterns.terms.near import near2d, near3d, tiles2d, tiles3d
 from kernels.patterns.terms.others import others
 from kernels.patterns.terms.per_head import per_head
@@ -44,6 +45,7 @@ __all__ = [
     "full",
     "global_at",
     "global_tokens",
+    "leading_queries",
     "near2d",
     "near3d",
     "others",

@@ -18,12 +18,16 @@ class BigBirdAttention(PatternAttention):
     before it, global blocks are seen but see no later token, and random blocks are drawn among the
     earlier ones. Every head and layer draws its own.
 
+    Blocks begin with each document. The draw of a bidirectional form depends on the number of
+    blocks of the row: in a packed row, drawn blocks that lie beyond the document show nothing, and
+    it has fewer than alone.
+
     Args:
         causal: later tokens are hidden.
         block: tokens of a block.
         window_blocks: blocks of the window, the query's own counted; odd if not causal.
-        global_blocks: leading blocks that are global; 0 for none.
-        global_tokens: leading tokens that are global, in front of the global blocks.
+        global_blocks: leading blocks of a document that are global; 0 for none.
+        global_tokens: leading tokens of a document that are global, in front of the global blocks.
         random_blocks: blocks drawn for each block of queries; 0 for none.
         seed: selects the draw.
 

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels import patterns
 from kernels.attend import attend
+from kernels.common.documents import first_tokens
 from kernels.patterns import Pattern
 from models.attention import Context
 from models.attention.pattern import PatternAttention, prepared
@@ -21,9 +22,10 @@ class LongformerAttention(PatternAttention):
     ``window - 1`` before it. Bidirectional (``causal=False``, section 5) the window reaches
     ``window // 2`` to each side; ``attention_window`` of the released code counts one side.
 
-    The leading ``global_tokens`` are seen by every later token. Bidirectional they also see every
-    token, through queries, keys and values of their own (section 3.1) that start as copies of the
-    others; other tokens see them by the common maps, in one softmax with the window.
+    The leading ``global_tokens`` of a document are seen by every later token of it. Bidirectional
+    they also see every token, through queries, keys and values of their own (section 3.1) that
+    start as copies of the others; other tokens see them by the common maps, in one softmax with the
+    window.
 
     Args:
         causal: later tokens are hidden.
@@ -31,7 +33,7 @@ class LongformerAttention(PatternAttention):
         dilation: distance of neighbouring keys in the dilated heads; one number, or one for each
             layer; 1 is no gap.
         dilated_heads: so many heads are dilated, the last ones.
-        global_tokens: leading tokens that are global.
+        global_tokens: leading tokens of a document that are global.
         global_projections: whether global tokens have maps of their own; without effect if causal.
 
     Raises:
@@ -76,6 +78,7 @@ class LongformerAttention(PatternAttention):
         self.pattern_without_rows = prepared(_pattern(own_window, **shape, rows=False))
         self.global_projections = None
         if global_tokens and global_projections and not causal:
+            self.rows = prepared(patterns.leading_queries(global_tokens))
             self.global_projections = projections(dim, heads)
             self.global_projections.out = None  # heads are joined by the common map
             self.reset_parameters()
@@ -111,10 +114,14 @@ class LongformerAttention(PatternAttention):
         out, _ = attend(q, k, v, self.pattern_without_rows, documents=context.documents)
         count = self.global_tokens
         q, k, v = self.global_projections.split(x, context)
-        rows = F.scaled_dot_product_attention(
-            q[:, :, :count], k, v, attn_mask=_same_document(context.documents, count)
-        )
-        return self.projections.join(torch.cat((rows.to(out.dtype), out[:, :, count:]), dim=2))
+        if context.documents is None:
+            rows = F.scaled_dot_product_attention(q[:, :, :count], k, v)
+            out = torch.cat((rows.to(out.dtype), out[:, :, count:]), dim=2)
+        else:
+            rows, _ = attend(q, k, v, self.rows, documents=context.documents)
+            number = torch.arange(x.shape[1], device=x.device) - first_tokens(context.documents)
+            out = torch.where((number < count)[:, None, :, None], rows, out)
+        return self.projections.join(out)
 
 
 def _pattern(window, causal, dilation, heads, global_tokens, rows: bool = True) -> Pattern:
@@ -147,10 +154,3 @@ def _of_layer(name: str, numbers: int | Sequence[int], layer: int) -> int:
             f"{layer + 1}: {list(numbers)}."
         )
     return numbers[layer]
-
-
-def _same_document(documents: Tensor | None, count: int) -> Tensor | None:
-    """Which tokens the first ``count`` may see, ``(B, 1, count, L)``."""
-    if documents is None:
-        return None
-    return (documents[:, :count, None] == documents[:, None, :])[:, None]

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from data.batches.batch import number_documents
 from evaluation.generation import generate
 from kernels.patterns import (
     causal,
@@ -242,6 +243,30 @@ def test_cached_predictions_are_those_of_the_whole_text(overrides, first, device
     wanted = model(tokens)[:, first - 1 :]
     found = torch.stack(list(predicted(model, tokens, first)), dim=1)
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("overrides", FAMILIES, ids=" ".join)
+@pytest.mark.parametrize("border", [0, 5, 22])
+def test_cached_predictions_are_those_of_the_last_of_several_documents(overrides, border, device):
+    model = build(*overrides).to(device)
+    tokens = torch.randint(256, (2, 75), device=device)
+    tokens[:, [0, 3, border]] = 256  # start ids
+    documents = number_documents(tokens, 256)
+    cache = model.cache(75)
+    found = [model.next_logits(tokens[:, :23], cache, documents[:, :23])]
+    for n in range(23, 75):
+        cache.advance()
+        found.append(model.next_logits(tokens[:, n : n + 1], cache))
+    wanted = model(tokens, documents)[:, 22:]
+    torch.testing.assert_close(torch.stack(found, dim=1), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_whose_last_documents_begin_at_different_tokens_need_caches_of_their_own():
+    model = build("model=dense")
+    documents = torch.tensor([[0, 0, 1, 1], [0, 1, 1, 1]])
+    with pytest.raises(ValueError, match=r"at the same token, got \[1, 2\]"):
+        model.next_logits(torch.zeros_like(documents), model.cache(9), documents)
 
 
 @torch.no_grad()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hydra.utils import instantiate
 
-from models.embeddings import RasterPositions, rotary_tables
+from models.embeddings import Embedding, RasterPositions, rotary_tables
 from tests.support.configs import composed
 
 SMALL = ["model.dim=32", "model.heads=2", "model.layers=2", "run_id=x"]
@@ -16,17 +16,17 @@ def build(*overrides):
 
 def test_every_place_is_the_sum_of_its_row_column_and_channel():
     positions = RasterPositions(8, [4, 5, 3])
-    entries = positions(60).reshape(4, 5, 3, 8)
+    entries = positions(torch.arange(60)).reshape(4, 5, 3, 8)
     rows, columns, channels = positions.coordinates
     for row, column, channel in [(0, 0, 0), (0, 0, 2), (0, 1, 0), (2, 4, 1), (3, 4, 2)]:
         expected = rows.weight[row] + columns.weight[column] + channels.weight[channel]
         torch.testing.assert_close(entries[row, column, channel], expected)
-    torch.testing.assert_close(positions(7), positions(60)[:7])
 
 
 def test_positions_may_begin_at_a_number_that_only_their_device_knows():
-    positions, first = RasterPositions(8, [4, 5, 3]), torch.tensor(41)
-    assert torch.equal(positions(2, first), positions(60)[41:43])
+    embedding, first = Embedding(8, vocab_size=5, matrix_shape=[12, 5]), torch.tensor(41)
+    tokens = torch.randint(5, (1, 60))
+    assert torch.equal(embedding(tokens[:, 41:43], first), embedding(tokens)[:, 41:43])
     later, whole = first + torch.arange(2), torch.arange(60)
     for found, wanted in zip(
         rotary_tables(later, 8, 1e4), rotary_tables(whole, 8, 1e4), strict=True
@@ -37,7 +37,7 @@ def test_positions_may_begin_at_a_number_that_only_their_device_knows():
 def test_the_sum_has_the_spread_that_was_asked_for():
     positions = RasterPositions(256, [32, 32, 3])
     positions.draw(0.5)
-    assert positions(3072).std().item() == pytest.approx(0.5, rel=0.1)
+    assert positions(torch.arange(3072)).std().item() == pytest.approx(0.5, rel=0.1)
 
 
 def test_a_token_beyond_the_image_is_refused():

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 import eval as evaluation_script
 from data.batches.batch import Batch, number_documents
+from data.batches.windows import PADDING
 from evaluation.masked import score_masked
 from evaluation.measures import bits_per_masked_byte
 from tests.support.commands import WHOLE, curve, place, run, train
@@ -67,7 +68,7 @@ def test_padding_changes_nothing(device):
     model = build().to(device).eval()
     short = tokens(device, 40)
     padded = F.pad(short, (0, 24), value=START)
-    documents = number_documents(padded, START)
+    documents = number_documents(F.pad(short, (0, 24), value=PADDING), START)
     torch.testing.assert_close(model(padded, documents)[:, :40], model(short))
 
 

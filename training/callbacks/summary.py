@@ -6,7 +6,9 @@ from pathlib import Path
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
-from evaluation.layers import kinds_of_layers
+from data.batches.batch import Batch
+from evaluation.layers import kinds_of_layers, share_of_draws_inside
+from kernels.patterns import Pattern
 
 log = logging.getLogger("strider")
 
@@ -20,7 +22,7 @@ class Summary(L.Callback):
 
     def __init__(self, output: str):
         self.output = Path(output)
-        self.trained = False
+        self.trained = self.looked_at_documents = False
 
     @rank_zero_only
     def on_fit_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
@@ -59,6 +61,26 @@ class Summary(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, task: L.LightningModule) -> None:
         self.trained = True
+
+    @rank_zero_only
+    def on_train_batch_start(
+        self, trainer: L.Trainer, task: L.LightningModule, batch: Batch, batch_idx: int
+    ) -> None:
+        if self.looked_at_documents or batch.documents is None:
+            return
+        self.looked_at_documents = True
+        documents, model = batch.documents.cpu(), task.model
+        for kind in kinds_of_layers(model, documents.shape[1]):
+            if not isinstance(kind.visible, Pattern):
+                continue
+            share = share_of_draws_inside(kind.visible, documents, model.heads)
+            if share is not None:
+                log.info(
+                    "%s: random blocks are drawn for whole rows; in the first batch, %.0f %% lie "
+                    "inside their document, and others show nothing",
+                    kind.label,
+                    100 * share,
+                )
 
     @rank_zero_only
     def on_fit_end(self, trainer: L.Trainer, task: L.LightningModule) -> None:

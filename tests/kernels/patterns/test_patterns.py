@@ -16,6 +16,7 @@ from kernels.patterns import (
     full,
     global_at,
     global_tokens,
+    leading_queries,
     near2d,
     near3d,
     others,
@@ -69,6 +70,7 @@ terms = st.one_of(
     st.just(others()),
     sizes.map(prefix),
     sizes.map(sinks),
+    sizes.map(leading_queries),
     st.tuples(sizes, st.integers(1, 40)).map(lambda s: block_diffusion(*s)),
     st.lists(st.integers(0, 99), min_size=1, max_size=5).map(lambda s: global_at(*s)),
     st.builds(near2d, sizes, sizes, axes(2, 0), st.integers(1, 3)),
@@ -127,6 +129,12 @@ def test_sinks_are_seen_by_all_and_see_no_more_than_others():
         x.xx.
         x..xx""")
     assert sinks(2).draw(4) == "xx..\nxx..\nxx..\nxx.."
+
+
+def test_leading_queries_and_sinks_are_the_rows_and_columns_of_global_tokens():
+    assert leading_queries(2).draw(4) == "xxxx\nxxxx\n....\n...."
+    together = leading_queries(3) | sinks(3)
+    assert torch.equal(together.dense(9), global_tokens(3).dense(9))
 
 
 def test_block_window_follows_block_numbers():
