@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import operator, reference, sdpa
+from kernels.attend import operator, sdpa, transforms
 from kernels.attend.call import Call
 from kernels.attend.work import ListedWork
-from kernels.common.dispatch import Implementation, choose
+from kernels.common.dispatch import Implementation, choose, is_transformed
 from kernels.patterns import Pattern
 from kernels.patterns.tiles import TileList
 
@@ -78,14 +78,18 @@ def attend(
     call = Call(
         pattern, scale, out_dtype or q.dtype, documents, q_position, k_position, tiles
     )  # fmt: skip
-    if implementation == "auto" and (by_torch := sdpa.torch_call(q, k, v, call)):
+    transformed = is_transformed()
+    if implementation == "auto" and not transformed and (by_torch := sdpa.torch_call(q, k, v, call)):
         return sdpa.attend(q, k, v, by_torch)
-    if choose(implementation, q.device, q.dtype) == "reference":
-        return reference.attend(q, k, v, call)
-    _check_kernel_takes(q, v, tiles)
-    if tiles is not None:
-        call = call._replace(listed=ListedWork.of(tiles, q.device))
-    return operator.attend(q, k, v, *call.flatten())
+    run = operator.plain
+    if choose(implementation, q.device, q.dtype) == "fused":
+        _check_kernel_takes(q, v, tiles)
+        run = operator.fused
+        if tiles is not None and not transformed:
+            call = call._replace(listed=ListedWork.of(tiles, q.device))
+    if transformed:
+        return transforms.attend(run, q, k, v, *call.flatten(q))
+    return run.attend(q, k, v, *call.flatten(q))
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

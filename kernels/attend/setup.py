@@ -13,6 +13,7 @@ from kernels.attend.passes import Pass, chains, in_one_pass
 from kernels.attend.tuning import LONG, Config, config_for, forced_now
 from kernels.attend.visit import Lists
 from kernels.attend.work import Work, rule_and_table, work_of
+from kernels.common.kept import kept
 from kernels.common.loads import GATHERED, PLAIN, RESIDUES
 from kernels.patterns import Pattern
 from kernels.patterns.algebra import Nothing
@@ -173,12 +174,12 @@ def _kind(order: Order) -> int:
     return (PLAIN if order.step == 1 else RESIDUES).value
 
 
-@functools.lru_cache(maxsize=256)
+@kept(maxsize=256)
 def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(maxsize=256)
 def _sharing(heads: tuple[int, ...], kv_group: int, device: torch.device) -> Tensor | None:
     """The query heads among ``heads`` of each key head, ``(key heads, most)``, padded with -1."""
     if kv_group == 1:

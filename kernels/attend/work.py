@@ -1,12 +1,12 @@
 """From tile lists to what programs do: items of work, and the entries they visit."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kernels.attend.passes import Pass
+from kernels.common.kept import kept
 from kernels.patterns.rule_tree import Rule, rule_of, table_of
 from kernels.patterns.tiles import TileList, list_tiles
 
@@ -140,7 +140,7 @@ def make_work(tiles: TileList) -> Work:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=512)
+@kept(maxsize=512)
 def work_of(
     pass_: Pass, heads: int, num_queries: int, num_keys: int, tile: tuple[int, int], inverse: bool,
     device: torch.device,
@@ -156,7 +156,7 @@ def work_of(
     return make_work(tiles.inverse() if inverse else tiles).trimmed().to(device)
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _tiles(pass_, heads, queries, keys, tile, device) -> TileList:
     small = max(queries // tile[0], keys // tile[1]) <= ROWS_ON_CPU
     where = torch.device("cpu") if small else device
@@ -180,7 +180,7 @@ def _repeat(tiles: TileList, residues: int) -> TileList:
     return TileList(offsets.int(), numbers, full, shape, tiles.tile, residues)
 
 
-@functools.lru_cache(maxsize=512)
+@kept(maxsize=512)
 def rule_and_table(
     pass_: Pass, heads: int, length: int, device: torch.device
 ) -> tuple[Rule, Tensor]:

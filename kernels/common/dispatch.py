@@ -6,6 +6,7 @@ An explicit request is never swapped, and no choice changes which keys are visib
 from typing import Literal, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 from kernels.common.interpreter import INTERPRETED
 
@@ -36,3 +37,8 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
             "use 'reference'."
         )
     return implementation
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, or the forward mode of autograd."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0

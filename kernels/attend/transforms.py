@@ -1,0 +1,166 @@
+"""Attention under `torch.func` and in forward mode, and derivatives of its derivatives.
+
+Plain calls do not come here, nor do their gradients (`operator.py`).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kernels.attend.call import NUMBERS
+
+TENSORS = 4  # of the arguments of a call, before its lists
+
+
+@dataclass(frozen=True, eq=False)
+class Implementation:
+    """What runs attention.
+
+    Args:
+        attend: ``(q, k, v, *arguments) -> (out, lse)``, the arguments being those of a flat `Call`.
+        gradients: ``(dout, dlse, q, k, v, out, lse, *arguments) -> (dq, dk, dv)``.
+        formula: what ``attend`` is, in plain torch, for all other derivatives; None: refused.
+        prepare: what it makes of the arguments and a device first.
+    """
+
+    attend: Callable[..., tuple[Tensor, Tensor]]
+    gradients: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    formula: Callable[..., tuple[Tensor, Tensor]] | None
+    prepare: Callable[[tuple, torch.device], tuple]
+
+
+def attend(of: Implementation, q: Tensor, k: Tensor, v: Tensor, *arguments):
+    """``(out, lse)``, which every transform takes."""
+    *tensors, lists = arguments[NUMBERS:]
+    return _Derivative.apply(Step(of, 0, arguments[:NUMBERS]), q, k, v, None, None, *tensors, *lists)
+
+
+def gradients(of: Implementation, dout, dlse, q, k, v, out, lse, *arguments):
+    """``(dq, dk, dv)``, which every transform takes, and of which derivatives may be asked."""
+    *tensors, lists = arguments[NUMBERS:]
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    step = Step(of, 1, arguments[:NUMBERS])
+    return _Derivative.apply(step, dout, dlse, q, k, v, out, lse, *tensors, *lists)
+
+
+@dataclass(frozen=True, eq=False)
+class Step:
+    """Attention (order 0), its gradients (1), the gradients of those (2) ...
+
+    A step takes the cotangents of what the step before gives, and what that takes: ``q, k, v``;
+    ``dout, dlse, q, k, v``; and so on. Behind these come ``out, lse`` and the tensors of the call.
+    """
+
+    of: Implementation
+    order: int
+    numbers: tuple
+
+    @property
+    def taken(self) -> int:
+        return _taken(self.order)
+
+    def next(self) -> "Step":
+        """The gradients of this step.
+
+        Raises:
+            RuntimeError: if the implementation has none.
+        """
+        if self.order and self.of.formula is None:
+            raise RuntimeError(
+                "the fused kernels have first derivatives in reverse mode alone; use "
+                "implementation='reference' for second derivatives and for forward mode."
+            )
+        return replace(self, order=self.order + 1)
+
+    def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        taken, (out, lse, *rest) = tensors[: self.taken], tensors[self.taken :]
+        arguments = (*self.numbers, *rest[:TENSORS], rest[TENSORS:])
+        arguments = self.of.prepare(arguments, taken[0].device)
+        if self.order == 0:
+            return self.of.attend(*taken, *arguments)
+        if self.order == 1:
+            return self.of.gradients(*taken, out, lse, *arguments)
+        with torch.autocast(taken[0].device.type, enabled=False):
+            return _derived(lambda *x: self.of.formula(*x, *arguments), self.order)(*taken)
+
+
+def _taken(order: int) -> int:
+    """Tensors that a step takes; of these the first ``_taken(order - 2)`` are cotangents."""
+    return order + 3 if order < 1 else _taken(order - 1) + _taken(order - 2)
+
+
+def _derived(formula: Callable, order: int) -> Callable:
+    if order == 0:
+        return formula
+    before, cotangents = _derived(formula, order - 1), _taken(order - 2)
+
+    def pulled_back(*taken):
+        _, pull = torch.func.vjp(before, *taken[cotangents:])
+        return pull(taken[:cotangents])
+
+    return pulled_back
+
+
+class _Derivative(torch.autograd.Function):
+    @staticmethod
+    def forward(step: Step, *tensors):
+        return step.run(*tensors)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.step, *tensors = inputs
+        if ctx.step.order == 0:
+            tensors[3:5] = output
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+
+    @staticmethod
+    def backward(ctx, *cotangents):
+        tensors = ctx.saved_tensors
+        grads = _Derivative.apply(ctx.step.next(), *cotangents, *tensors)
+        return None, *grads, *(None for _ in tensors[ctx.step.taken :])
+
+    @staticmethod
+    def jvp(ctx, _, *tangents):
+        # The gradients are linear in their cotangents, so that the pullback of the pullback is
+        # the derivative itself, at any cotangents.
+        step, tensors = ctx.step, ctx.saved_tensors
+        given = tensors[3:5] if step.order == 0 else tensors[_taken(step.order - 2) : step.taken]
+        tangents = [
+            torch.zeros_like(x) if t is None else t
+            for x, t in zip(tensors[: step.taken], tangents, strict=False)
+        ]
+        anywhere = map(torch.zeros_like, given)
+        found = _Derivative.apply(step.next().next(), *tangents, *anywhere, *tensors)
+        return found[: len(given)]
+
+    @staticmethod
+    def vmap(info, in_dims, step: Step, *tensors):
+        """The mapped dimension joins the batch; tile lists have none, and run one by one."""
+        _, *dims = in_dims
+        text = step.taken + 2
+        if any(dim is not None for dim in dims[text + TENSORS :]):
+            several = [
+                _Derivative.apply(step, *(map(_one_of, tensors, dims, [n] * len(dims))))
+                for n in range(info.batch_size)
+            ]
+            return tuple(map(torch.stack, zip(*several, strict=True))), 0
+        batch = len(_one_of(tensors[0], dims[0], 0))
+
+        def joined(x, dim):
+            if x is None:
+                return None
+            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
+            return x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
+
+        tensors = list(tensors)
+        for n in (*range(text), *range(text + 1, text + TENSORS)):
+            tensors[n] = joined(tensors[n], dims[n])
+        found = _Derivative.apply(step, *tensors)
+        return tuple(x.unflatten(0, (info.batch_size, batch)) for x in found), 0
+
+
+def _one_of(x: Tensor | None, dim: int | None, number: int) -> Tensor | None:
+    return x if dim is None else x.select(dim, number)
