@@ -79,7 +79,11 @@ def attend(
         pattern, scale, out_dtype or q.dtype, documents, q_position, k_position, tiles
     )  # fmt: skip
     transformed = is_transformed()
-    if implementation == "auto" and not transformed and (by_torch := sdpa.torch_call(q, k, v, call)):
+    if (
+        implementation == "auto"
+        and not transformed
+        and (by_torch := sdpa.torch_call(q, k, v, call))
+    ):
         return sdpa.attend(q, k, v, by_torch)
     run = operator.plain
     if choose(implementation, q.device, q.dtype) == "fused":
@@ -121,7 +125,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     (An operator's ``register_autocast`` knows one dtype a device, not the one that is in force.)
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]

@@ -11,7 +11,7 @@ from torch import Tensor, library
 
 from kernels.attend import launch, reference, transforms
 from kernels.attend.call import NUMBERS, SCHEMA, with_work
-from kernels.attend.transforms import TENSORS, Implementation
+from kernels.attend.transforms import Implementation
 
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
 _BACKWARD = (
@@ -27,8 +27,7 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, of: Implementation, q, k, v, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
             out, lse = of.attend(q, k, v, *arguments)
-        *tensors, lists = arguments[NUMBERS:]
-        ctx.save_for_backward(q, k, v, out, lse, *tensors, *lists)
+        ctx.save_for_backward(q, k, v, out, lse, *arguments[NUMBERS:])
         ctx.of, ctx.numbers = of, arguments[:NUMBERS]
         ctx.set_materialize_grads(False)
         return out, lse
@@ -36,14 +35,14 @@ class _Attend(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
-        arguments = (*ctx.numbers, *tensors[:TENSORS], tensors[TENSORS:])
+        arguments = (*ctx.numbers, *tensors)
         dout = torch.zeros_like(out) if dout is None else dout
         grads = gradients(ctx.of, dout, dlse, q, k, v, out, lse, *arguments)
         return None, *grads, *(None for _ in arguments)
 
 
 def gradients(of: Implementation, *arguments) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients, inside a backward pass; where it is recorded or mapped, in a node of theirs."""
+    """The gradients, in a node of their own where the backward pass is recorded or mapped."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
         return transforms.gradients(of, *arguments)
     return of.gradients(*arguments)
@@ -90,6 +89,6 @@ def _implementation(name: str, forward, backward, formula, prepare) -> Implement
 
 fused = _implementation("attend", launch.forward, launch.backward, None, with_work)
 plain = _implementation(
-    "attend_reference", reference.forward, reference.backward, reference.forward,
+    "attend_reference", reference.forward, reference.backward, reference.formula,
     lambda arguments, device: arguments,
 )  # fmt: skip

@@ -32,11 +32,12 @@ def _without_autocast(function):
 
 @_without_autocast
 def forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
-    """``(out, lse)`` of ``kernels.attend.attend``; the arguments are those of a flat ``Call``.
+    """``(out, lse)`` of ``kernels.attend.attend``; the arguments are those of a flat ``Call``."""
+    return formula(q, k, v, Call.rebuild(*arguments))
 
-    Computes in float32, or float64 for float64; can be differentiated any number of times.
-    """
-    call = Call.rebuild(*arguments)
+
+def formula(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, differentiable any number of times; in float32, or float64 for float64."""
     q, k, v = _wide(q, k, v)
     out, lse = [], []
     for rows, columns, visible in _chunks(call, q, k):

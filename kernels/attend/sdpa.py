@@ -89,4 +89,5 @@ class _LogSumExp(torch.autograd.Function):
 @functools.cache
 def _has_cudnn(device: torch.device) -> bool:
     """Hopper and later, where cuDNN is the fastest."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    # Fake tensors may be on a card that is not there.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)

@@ -9,9 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kernels.attend.call import NUMBERS
-
-TENSORS = 4  # of the arguments of a call, before its lists
+from kernels.attend.call import NUMBERS, TENSORS, Call
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,7 +19,7 @@ class Implementation:
     Args:
         attend: ``(q, k, v, *arguments) -> (out, lse)``, the arguments being those of a flat `Call`.
         gradients: ``(dout, dlse, q, k, v, out, lse, *arguments) -> (dq, dk, dv)``.
-        formula: what ``attend`` is, in plain torch, for all other derivatives; None: refused.
+        formula: ``attend`` of a `Call` in plain torch, for all other derivatives; None: refused.
         prepare: what it makes of the arguments and a device first.
     """
 
@@ -33,16 +31,15 @@ class Implementation:
 
 def attend(of: Implementation, q: Tensor, k: Tensor, v: Tensor, *arguments):
     """``(out, lse)``, which every transform takes."""
-    *tensors, lists = arguments[NUMBERS:]
-    return _Derivative.apply(Step(of, 0, arguments[:NUMBERS]), q, k, v, None, None, *tensors, *lists)
+    step = Step(of, 0, arguments[:NUMBERS])
+    return _Derivative.apply(step, q, k, v, None, None, *arguments[NUMBERS:])
 
 
 def gradients(of: Implementation, dout, dlse, q, k, v, out, lse, *arguments):
     """``(dq, dk, dv)``, which every transform takes, and of which derivatives may be asked."""
-    *tensors, lists = arguments[NUMBERS:]
     dlse = torch.zeros_like(lse) if dlse is None else dlse
     step = Step(of, 1, arguments[:NUMBERS])
-    return _Derivative.apply(step, dout, dlse, q, k, v, out, lse, *tensors, *lists)
+    return _Derivative.apply(step, dout, dlse, q, k, v, out, lse, *arguments[NUMBERS:])
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,14 +73,15 @@ class Step:
 
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         taken, (out, lse, *rest) = tensors[: self.taken], tensors[self.taken :]
-        arguments = (*self.numbers, *rest[:TENSORS], rest[TENSORS:])
-        arguments = self.of.prepare(arguments, taken[0].device)
+        arguments = self.of.prepare((*self.numbers, *rest), taken[0].device)
         if self.order == 0:
             return self.of.attend(*taken, *arguments)
         if self.order == 1:
-            return self.of.gradients(*taken, out, lse, *arguments)
+            # Kernels take any strides but those of the lse, which is their own.
+            return self.of.gradients(*taken, out, lse.contiguous(), *arguments)
         with torch.autocast(taken[0].device.type, enabled=False):
-            return _derived(lambda *x: self.of.formula(*x, *arguments), self.order)(*taken)
+            call = Call.rebuild(*arguments)
+            return _derived(lambda q, k, v: self.of.formula(q, k, v, call), self.order)(*taken)
 
 
 def _taken(order: int) -> int:

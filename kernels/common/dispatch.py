@@ -13,11 +13,17 @@ from kernels.common.interpreter import INTERPRETED
 Implementation = Literal["auto", "reference", "fused"]
 
 
-def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    implementation: str, device: torch.device, dtype: torch.dtype, *, transforms: bool = True
+) -> str:
     """ "reference" or "fused".
 
+    Args:
+        transforms: whether the fused kernel works in the cases of `is_transformed`.
+
     Raises:
-        ValueError: if there is no such implementation, or it cannot run on this device and dtype.
+        ValueError: if there is no such implementation, or it cannot run on this device and dtype,
+            or not in this mode.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(
@@ -25,7 +31,7 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
         )
     if implementation == "auto":
         fused = device.type == "cuda" and dtype != torch.float64
-        return "fused" if fused else "reference"
+        return "fused" if fused and (transforms or not is_transformed()) else "reference"
     if implementation == "fused" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"implementation='fused' needs a GPU, got tensors on {device}; use 'auto' or "
@@ -35,6 +41,11 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
         raise ValueError(
             "implementation='fused' computes in bfloat16, float16 or float32, got torch.float64; "
             "use 'reference'."
+        )
+    if implementation == "fused" and not transforms and is_transformed():
+        raise ValueError(
+            "implementation='fused' has no rule for the transforms of torch.func, nor for forward "
+            "mode; use 'auto' or 'reference' there."
         )
     return implementation
 

@@ -29,7 +29,8 @@ def swiglu(x: Tensor, implementation: Implementation = "auto") -> Tensor:
         ``(..., H)``, in the dtype of ``x``.
 
     Raises:
-        ValueError: if ``x`` has no two halves, or the implementation cannot run.
+        ValueError: if ``x`` has no two halves, or the implementation cannot run: "fused" not under
+            a transform of `torch.func`, where "auto" is the reference.
         RuntimeError: if the gradient of "fused" is differentiated in its turn.
 
     Source:
@@ -37,7 +38,7 @@ def swiglu(x: Tensor, implementation: Implementation = "auto") -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x must be gate and up side by side, got a width of {x.shape[-1]}.")
-    if choose(implementation, x.device, x.dtype) == "reference":
+    if choose(implementation, x.device, x.dtype, transforms=False) == "reference":
         return _product(x)
     return _SwiGLU.apply(x)
 
