@@ -11,7 +11,7 @@ from torch import Tensor, library
 
 from kernels.attend import launch, reference, transforms
 from kernels.attend.call import NUMBERS, SCHEMA, with_work
-from kernels.attend.transforms import Implementation
+from kernels.attend.transforms import Operators
 
 _FORWARD = f"(Tensor q, Tensor k, Tensor v, {SCHEMA}) -> (Tensor, Tensor)"
 _BACKWARD = (
@@ -24,11 +24,11 @@ class _Attend(torch.autograd.Function):
     """The forward operator with its gradient: what it runs under autograd."""
 
     @staticmethod
-    def forward(ctx, of: Implementation, q, k, v, *arguments):
+    def forward(ctx, operators: Operators, q, k, v, *arguments):
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = of.attend(q, k, v, *arguments)
+            out, lse = operators.attend(q, k, v, *arguments)
         ctx.save_for_backward(q, k, v, out, lse, *arguments[NUMBERS:])
-        ctx.of, ctx.numbers = of, arguments[:NUMBERS]
+        ctx.operators, ctx.numbers = operators, arguments[:NUMBERS]
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -37,23 +37,23 @@ class _Attend(torch.autograd.Function):
         q, k, v, out, lse, *tensors = ctx.saved_tensors
         arguments = (*ctx.numbers, *tensors)
         dout = torch.zeros_like(out) if dout is None else dout
-        grads = gradients(ctx.of, dout, dlse, q, k, v, out, lse, *arguments)
+        grads = gradients(ctx.operators, dout, dlse, q, k, v, out, lse, *arguments)
         return None, *grads, *(None for _ in arguments)
 
 
-def gradients(of: Implementation, *arguments) -> tuple[Tensor, Tensor, Tensor]:
+def gradients(operators: Operators, *arguments) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients, in a node of their own where the backward pass is recorded or mapped."""
     if torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-        return transforms.gradients(of, *arguments)
-    return of.gradients(*arguments)
+        return transforms.gradients(operators, *arguments)
+    return operators.gradients(*arguments)
 
 
-def _differentiable(of: Implementation, q, k, v, *arguments):
+def _differentiable(operators: Operators, q, k, v, *arguments):
     """The forward operator under autograd; without a gradient to ask for, nothing is kept."""
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
-        return _Attend.apply(of, q, k, v, *arguments)
+        return _Attend.apply(operators, q, k, v, *arguments)
     with torch._C._AutoDispatchBelowAutograd():
-        return of.attend(q, k, v, *arguments)
+        return operators.attend(q, k, v, *arguments)
 
 
 def _fake_forward(q, k, v, scale, out_dtype, *rest):
@@ -76,8 +76,8 @@ def _define(name: str, schema: str, run, fake):
     return getattr(torch.ops.strider, name).default
 
 
-def _implementation(name: str, forward, backward, formula, prepare) -> Implementation:
-    made = Implementation(
+def _implementation(name: str, forward, backward, formula, prepare) -> Operators:
+    made = Operators(
         _define(name, _FORWARD, forward, _fake_forward),
         _define(f"{name}_backward", _BACKWARD, backward, _fake_backward),
         formula,

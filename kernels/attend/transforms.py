@@ -13,8 +13,8 @@ from kernels.attend.call import NUMBERS, TENSORS, Call
 
 
 @dataclass(frozen=True, eq=False)
-class Implementation:
-    """What runs attention.
+class Operators:
+    """An implementation of attention.
 
     Args:
         attend: ``(q, k, v, *arguments) -> (out, lse)``, the arguments being those of a flat `Call`.
@@ -29,16 +29,16 @@ class Implementation:
     prepare: Callable[[tuple, torch.device], tuple]
 
 
-def attend(of: Implementation, q: Tensor, k: Tensor, v: Tensor, *arguments):
+def attend(operators: Operators, q: Tensor, k: Tensor, v: Tensor, *arguments):
     """``(out, lse)``, which every transform takes."""
-    step = Step(of, 0, arguments[:NUMBERS])
+    step = Step(operators, 0, arguments[:NUMBERS])
     return _Derivative.apply(step, q, k, v, None, None, *arguments[NUMBERS:])
 
 
-def gradients(of: Implementation, dout, dlse, q, k, v, out, lse, *arguments):
+def gradients(operators: Operators, dout, dlse, q, k, v, out, lse, *arguments):
     """``(dq, dk, dv)``, which every transform takes, and of which derivatives may be asked."""
     dlse = torch.zeros_like(lse) if dlse is None else dlse
-    step = Step(of, 1, arguments[:NUMBERS])
+    step = Step(operators, 1, arguments[:NUMBERS])
     return _Derivative.apply(step, dout, dlse, q, k, v, out, lse, *arguments[NUMBERS:])
 
 
@@ -50,7 +50,7 @@ class Step:
     ``dout, dlse, q, k, v``; and so on. Behind these come ``out, lse`` and the tensors of the call.
     """
 
-    of: Implementation
+    operators: Operators
     order: int
     numbers: tuple
 
@@ -64,7 +64,7 @@ class Step:
         Raises:
             RuntimeError: if the implementation has none.
         """
-        if self.order and self.of.formula is None:
+        if self.order and self.operators.formula is None:
             raise RuntimeError(
                 "the fused kernels have first derivatives in reverse mode alone; use "
                 "implementation='reference' for second derivatives and for forward mode."
@@ -73,15 +73,16 @@ class Step:
 
     def run(self, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         taken, (out, lse, *rest) = tensors[: self.taken], tensors[self.taken :]
-        arguments = self.of.prepare((*self.numbers, *rest), taken[0].device)
+        arguments = self.operators.prepare((*self.numbers, *rest), taken[0].device)
         if self.order == 0:
-            return self.of.attend(*taken, *arguments)
+            return self.operators.attend(*taken, *arguments)
         if self.order == 1:
             # Kernels take any strides but those of the lse, which is their own.
-            return self.of.gradients(*taken, out, lse.contiguous(), *arguments)
+            return self.operators.gradients(*taken, out, lse.contiguous(), *arguments)
+        call = Call.rebuild(*arguments)
+        derived = _derived(lambda *x: self.operators.formula(*x, call), self.order)
         with torch.autocast(taken[0].device.type, enabled=False):
-            call = Call.rebuild(*arguments)
-            return _derived(lambda q, k, v: self.of.formula(q, k, v, call), self.order)(*taken)
+            return derived(*taken)
 
 
 def _taken(order: int) -> int:
@@ -102,6 +103,8 @@ def _derived(formula: Callable, order: int) -> Callable:
 
 
 class _Derivative(torch.autograd.Function):
+    """A step, which takes ``(step, what it takes, out, lse, tensors of the call)``."""
+
     @staticmethod
     def forward(step: Step, *tensors):
         return step.run(*tensors)
@@ -122,43 +125,43 @@ class _Derivative(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx, _, *tangents):
-        # The gradients are linear in their cotangents, so that the pullback of the pullback is
-        # the derivative itself, at any cotangents.
+        # Gradients are linear in their cotangents, so that the gradient of the gradient with
+        # respect to these is the derivative of the step itself, whatever they are.
         step, tensors = ctx.step, ctx.saved_tensors
-        given = tensors[3:5] if step.order == 0 else tensors[_taken(step.order - 2) : step.taken]
+        results = tensors[3:5] if step.order == 0 else tensors[_taken(step.order - 2) : step.taken]
         tangents = [
-            torch.zeros_like(x) if t is None else t
-            for x, t in zip(tensors[: step.taken], tangents, strict=False)
+            torch.zeros_like(x) if tangent is None else tangent
+            for x, tangent in zip(tensors[: step.taken], tangents, strict=False)
         ]
-        anywhere = map(torch.zeros_like, given)
-        found = _Derivative.apply(step.next().next(), *tangents, *anywhere, *tensors)
-        return found[: len(given)]
+        cotangents = map(torch.zeros_like, results)
+        found = _Derivative.apply(step.next().next(), *tangents, *cotangents, *tensors)
+        return found[: len(results)]
 
     @staticmethod
     def vmap(info, in_dims, step: Step, *tensors):
         """The mapped dimension joins the batch; tile lists have none, and run one by one."""
-        _, *dims = in_dims
-        text = step.taken + 2
+        dims, size, text = in_dims[1:], info.batch_size, step.taken + 2
         if any(dim is not None for dim in dims[text + TENSORS :]):
-            several = [
-                _Derivative.apply(step, *(map(_one_of, tensors, dims, [n] * len(dims))))
-                for n in range(info.batch_size)
+            found = [
+                _Derivative.apply(step, *map(_sample, tensors, dims, [n] * len(dims)))
+                for n in range(size)
             ]
-            return tuple(map(torch.stack, zip(*several, strict=True))), 0
-        batch = len(_one_of(tensors[0], dims[0], 0))
-
-        def joined(x, dim):
-            if x is None:
-                return None
-            x = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
-            return x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)
-
-        tensors = list(tensors)
-        for n in (*range(text), *range(text + 1, text + TENSORS)):
-            tensors[n] = joined(tensors[n], dims[n])
-        found = _Derivative.apply(step, *tensors)
-        return tuple(x.unflatten(0, (info.batch_size, batch)) for x in found), 0
+            return tuple(map(torch.stack, zip(*found, strict=True))), 0
+        batch = len(_sample(tensors[0], dims[0], 0))
+        has_batch = [n < text + TENSORS and n != text for n in range(len(tensors))]
+        joined = (
+            _joined(x, dim, size, batch) if joins and x is not None else x
+            for x, dim, joins in zip(tensors, dims, has_batch, strict=True)
+        )
+        found = _Derivative.apply(step, *joined)
+        return tuple(x.unflatten(0, (size, batch)) for x in found), 0
 
 
-def _one_of(x: Tensor | None, dim: int | None, number: int) -> Tensor | None:
+def _sample(x: Tensor | None, dim: int | None, number: int) -> Tensor | None:
     return x if dim is None else x.select(dim, number)
+
+
+def _joined(x: Tensor, dim: int | None, size: int, batch: int) -> Tensor:
+    """``(batch | 1, ...)``, mapped over ``dim`` -> ``(size * batch, ...)``."""
+    x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+    return x.expand(-1, batch, *x.shape[2:]).flatten(0, 1)

@@ -7,7 +7,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacrev, jvp, vjp, vmap
 
-from kernels.attend import attend, operator
+from kernels.attend import attend, operator, sdpa
+from kernels.attend.call import Call
 from kernels.elementwise.qkv import split_heads
 from kernels.elementwise.swiglu import swiglu
 from kernels.patterns import causal, global_tokens, others, random_blocks, window
@@ -106,6 +107,18 @@ def test_the_kernels_refuse_a_second_derivative_and_not_a_graph_of_the_first(ker
         hessian(lambda q: loss(q, *leaves[1:], "fused"))(leaves[0])
 
 
+def test_the_lse_of_the_kernel_of_torch_has_a_gradient_and_refuses_its_derivative(kernel_device):
+    leaves = [x.requires_grad_() for x in inputs(L=30, Hkv=4, Dv=16, device=kernel_device)]
+    expected = torch.autograd.grad(attend(*leaves, causal())[1].sin().sum(), leaves[:2])
+    call = Call(causal(), 0.25, torch.float32)
+    out, lse = (x.detach() for x in operator.fused.attend(*leaves, *call.flatten()))
+    lse = sdpa._LogSumExp.apply(*leaves, out, lse, *call.flatten())
+    actual = torch.autograd.grad(lse.sin().sum(), leaves[:2], create_graph=True)
+    close(actual, expected)
+    with pytest.raises(RuntimeError, match=REFUSED):
+        actual[0].sum().backward()
+
+
 @both
 def test_forward_mode_is_right_or_refused(implementation, place):
     x, tangents = small(place), small(place)
@@ -149,6 +162,10 @@ def test_whole_jacobians_are_those_of_autograd(implementation, place):
     expected = torch.autograd.functional.jacobian(function, q)
     close(jacrev(function)(q), expected)
     close(torch.autograd.functional.jacobian(function, q, vectorize=True), expected)
+    out, _ = function(q.requires_grad_())
+    rows = torch.eye(out.numel(), device=place).view(-1, *out.shape)
+    recorded = vmap(lambda row: torch.autograd.grad(out, q, row, retain_graph=True)[0])(rows)
+    close(recorded, expected[0].reshape(-1, *q.shape))
 
 
 @both
