@@ -46,8 +46,8 @@ class Call(NamedTuple):
         elif self.tiles is not None:
             parts, sizes = _flat_tiles(self.tiles)
         text = self.pattern.encoded
-        if type(q) is FakeTensor:
-            text = q.fake_mode.from_tensor(text)
+        if type(q) is FakeTensor and not q.fake_mode.allow_non_fake_inputs:
+            text = q.fake_mode.from_tensor(text, static_shapes=True)
         where = self.documents, self.q_position, self.k_position
         return (self.scale, self.out_dtype, sizes, text, *where, *parts)
 

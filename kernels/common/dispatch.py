@@ -13,17 +13,11 @@ from kernels.common.interpreter import INTERPRETED
 Implementation = Literal["auto", "reference", "fused"]
 
 
-def choose(
-    implementation: str, device: torch.device, dtype: torch.dtype, *, transforms: bool = True
-) -> str:
+def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str:
     """ "reference" or "fused".
 
-    Args:
-        transforms: whether the fused kernel works in the cases of `is_transformed`.
-
     Raises:
-        ValueError: if there is no such implementation, or it cannot run on this device and dtype,
-            or not in this mode.
+        ValueError: if there is no such implementation, or it cannot run on this device and dtype.
     """
     if implementation not in get_args(Implementation):
         raise ValueError(
@@ -31,7 +25,7 @@ def choose(
         )
     if implementation == "auto":
         fused = device.type == "cuda" and dtype != torch.float64
-        return "fused" if fused and (transforms or not is_transformed()) else "reference"
+        return "fused" if fused else "reference"
     if implementation == "fused" and device.type != "cuda" and not INTERPRETED:
         raise ValueError(
             f"implementation='fused' needs a GPU, got tensors on {device}; use 'auto' or "
@@ -42,14 +36,25 @@ def choose(
             "implementation='fused' computes in bfloat16, float16 or float32, got torch.float64; "
             "use 'reference'."
         )
-    if implementation == "fused" and not transforms and is_transformed():
-        raise ValueError(
-            "implementation='fused' has no rule for the transforms of torch.func, nor for forward "
-            "mode; use 'auto' or 'reference' there."
-        )
     return implementation
 
 
 def is_transformed() -> bool:
     """Whether a transform of `torch.func` is at work, or the forward mode of autograd."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def untransformed(implementation: str) -> str:
+    """What to choose where a kernel does not know these: "reference" in place of "auto".
+
+    Raises:
+        ValueError: if "fused" was asked for.
+    """
+    if not is_transformed():
+        return implementation
+    if implementation == "fused":
+        raise ValueError(
+            "implementation='fused' has no rule here for the transforms of torch.func, nor for "
+            "forward mode; use 'auto' or 'reference'."
+        )
+    return "reference" if implementation == "auto" else implementation

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from kernels.common.dispatch import Implementation, choose
+from kernels.common.dispatch import Implementation, choose, untransformed
 from kernels.common.jit import kernel
 
 EPSILON = 1e-6  # added to the mean square
@@ -54,7 +54,7 @@ def split_heads(
         raise ValueError(
             f"qk_dim must be a multiple of 2 x heads, got qk_dim={qk_dim} and heads={heads}."
         )
-    chosen = choose(implementation, qkv.device, qkv.dtype, transforms=False)
+    chosen = choose(untransformed(implementation), qkv.device, qkv.dtype)
     if chosen == "reference" or (gains is None and rotary is None):
         return _reference(qkv, heads, qk_dim, gains, rotary)
     q, k, v = torch.ops.strider.split_heads(

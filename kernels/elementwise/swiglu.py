@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from kernels.common.dispatch import Implementation, choose
+from kernels.common.dispatch import Implementation, choose, untransformed
 from kernels.common.jit import kernel
 
 BLOCK = 1024  # numbers of dy that a program serves
@@ -38,7 +38,7 @@ def swiglu(x: Tensor, implementation: Implementation = "auto") -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x must be gate and up side by side, got a width of {x.shape[-1]}.")
-    if choose(implementation, x.device, x.dtype, transforms=False) == "reference":
+    if choose(untransformed(implementation), x.device, x.dtype) == "reference":
         return _product(x)
     return _SwiGLU.apply(x)
 

@@ -157,7 +157,7 @@ def test_gradients_by_transform_are_those_of_autograd(implementation, place):
 @both
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # by rows beyond the end
 def test_whole_jacobians_are_those_of_autograd(implementation, place):
-    q, k, v = small(place)
+    q, k, v = (x[:, :, :4] for x in small(place))
     function = lambda q: attend(q, k, v, PATTERN, implementation=implementation)  # noqa: E731
     expected = torch.autograd.functional.jacobian(function, q)
     close(jacrev(function)(q), expected)
@@ -268,9 +268,9 @@ def test_fused_elementwise_kernels_refuse_transforms_in_a_sentence(kernel_device
         lambda x: swiglu(x, "fused").sum(),
         lambda x: split_heads(x, 2, 8, gains=(gain, gain), implementation="fused")[0].sum(),
     ):
-        with pytest.raises(ValueError, match="use 'auto' or 'reference' there"):
+        with pytest.raises(ValueError, match="use 'auto' or 'reference'"):
             grad(run)(x)
-        with pytest.raises(ValueError, match="use 'auto' or 'reference' there"):
+        with pytest.raises(ValueError, match="use 'auto' or 'reference'"):
             jvp(run, (x,), (x,))
 
 

@@ -76,7 +76,7 @@ def test_a_pattern_first_used_in_any_mode_can_be_trained_afterwards(mode, implem
 @both
 def test_a_pattern_first_used_under_a_transform_can_be_trained_afterwards(implementation, place):
     pattern = new_pattern()
-    q, k, v = inputs(B=2, L=24, D=8, Dv=8, device=place)
+    q, k, v = inputs(B=2, Hq=2, Hkv=1, L=12, D=8, Dv=8, device=place)
 
     def loss(q, k, v):
         return attend(q, k, v, pattern, implementation=implementation)[0].square().sum()
@@ -205,6 +205,20 @@ def test_layers_with_windows_of_their_own_share_one_graph(implementation, place)
         layer.compile(fullgraph=True, backend=backend)
         torch.testing.assert_close(layer(*x), expected)
     assert len(graphs) == 1
+
+
+def test_an_exported_model_gives_the_same_numbers():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.pattern = new_pattern()
+
+        def forward(self, q, k, v):
+            return attend(q, k, v, self.pattern)
+
+    model, x = Model(), tuple(inputs(L=40))
+    exported = torch.export.export(model, x).module()
+    assert all(torch.equal(a, b) for a, b in zip(exported(*x), model(*x), strict=True))
 
 
 def test_the_reference_is_exact_under_autocast_of_another_dtype():
