@@ -60,6 +60,7 @@ def attend(
 
     Raises:
         ValueError: if shapes, dtypes, devices, positions or the implementation do not fit.
+        RuntimeError: if "fused" is differentiated twice, or in forward mode; "reference" can be.
 
     Source:
         Online softmax and the backward pass of FlashAttention-2, Dao 2023, arXiv:2307.08691;
