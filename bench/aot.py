@@ -207,7 +207,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shipped", action="store_true", help="only what ships, and safe choices")
     parser.add_argument("--pattern", action="append", help="the safe kernels of a pattern")
-    parser.add_argument("--documents", action="store_true", help="with --pattern: rows hold several")
+    parser.add_argument("--documents", action="store_true",
+                        help="with --pattern: rows hold several")  # fmt: skip
     parser.add_argument("--target", type=int, choices=SHARED_LIMIT, action="append")
     parser.add_argument("--direction", choices=DIRECTIONS, action="append")
     parser.add_argument("--head-size", type=int, choices=HEAD_SIZES, action="append")

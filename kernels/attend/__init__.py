@@ -3,10 +3,10 @@
 import torch
 from torch import Tensor
 
-from kernels.attend import operator, reference, sdpa
+from kernels.attend import operator, sdpa, transforms
 from kernels.attend.call import Call
 from kernels.attend.work import ListedWork
-from kernels.common.dispatch import Implementation, choose
+from kernels.common.dispatch import Implementation, choose, is_transformed
 from kernels.patterns import Pattern
 from kernels.patterns.tiles import TileList
 
@@ -60,6 +60,7 @@ def attend(
 
     Raises:
         ValueError: if shapes, dtypes, devices, positions or the implementation do not fit.
+        RuntimeError: if "fused" is differentiated twice, or in forward mode; "reference" can be.
 
     Source:
         Online softmax and the backward pass of FlashAttention-2, Dao 2023, arXiv:2307.08691;
@@ -78,14 +79,22 @@ def attend(
     call = Call(
         pattern, scale, out_dtype or q.dtype, documents, q_position, k_position, tiles
     )  # fmt: skip
-    if implementation == "auto" and (by_torch := sdpa.torch_call(q, k, v, call)):
+    transformed = is_transformed()
+    if (
+        implementation == "auto"
+        and not transformed
+        and (by_torch := sdpa.torch_call(q, k, v, call))
+    ):
         return sdpa.attend(q, k, v, by_torch)
-    if choose(implementation, q.device, q.dtype) == "reference":
-        return reference.attend(q, k, v, call)
-    _check_kernel_takes(q, v, tiles)
-    if tiles is not None:
-        call = call._replace(listed=ListedWork.of(tiles, q.device))
-    return operator.attend(q, k, v, *call.flatten())
+    run = operator.plain
+    if choose(implementation, q.device, q.dtype) == "fused":
+        _check_kernel_takes(q, v, tiles)
+        run = operator.fused
+        if tiles is not None and not transformed:
+            call = call._replace(listed=ListedWork.of(tiles, q.device))
+    if transformed:
+        return transforms.attend(run, q, k, v, *call.flatten(q))
+    return run.attend(q, k, v, *call.flatten(q))
 
 
 def merge(*parts: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -117,7 +126,7 @@ def _autocast(*tensors: Tensor) -> list[Tensor]:
     (An operator's ``register_autocast`` knows one dtype a device, not the one that is in force.)
     """
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return list(tensors)
     dtype = torch.get_autocast_dtype(device)
     return [t if t.dtype == torch.float64 else t.to(dtype) for t in tensors]

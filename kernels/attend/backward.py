@@ -54,32 +54,32 @@ def dq_kernel(
     q_step, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Gradient of the queries: a program takes a tile of them, or several in turn."""
+    """Gradient of the queries: a program takes a tile, or several of short documents, in turn."""
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     if documents is not None:
         documents += batch * num_queries
-    if C.TILES != SHORT:
-        _dq_tile(
-            item, head, batch, q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous,
-            part_ptr, lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads,
-            work, parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
-    else:
+    given = (
+        q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous, part_ptr,
+        lists, table, documents, q_position, k_position, scale,
+        table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
+        q_step, k_run, k_step, k_first,
+    )  # fmt: skip
+    if C.TILES == SHORT:
         for n in range(item, tl.load(lists.count + batch), work):
-            _dq_tile(
-                n, head, batch, q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous,
-                part_ptr, lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads,
-                work, parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
+            _dq_tile(n, head, batch, given, RULE, C)
+    else:
+        _dq_tile(item, head, batch, given, RULE, C)
 
 
 @triton.jit
-def _dq_tile(
-    item, head, batch, q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq,
-    previous, part_ptr, lists, table, documents, q_position, k_position, scale,
-    table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
-    q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def _dq_tile(item, head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
     """Gradient of a tile of queries. The first pass of a chain also fills ``row_stats``."""
+    (
+        q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous, part_ptr,
+        lists, table, documents, q_position, k_position, scale,
+        table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
+        q_step, k_run, k_step, k_first,
+    ) = given  # fmt: skip
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
     BLOCK_D: tl.constexpr = C.BLOCK_D
@@ -154,7 +154,7 @@ def dkv_kernel(
     q_step, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of keys and values: a program takes a tile of them, or several in turn.
+    """Gradients of keys and values: a program takes a tile, or several of short documents, in turn.
 
     ``lists.head_of`` lists the key heads (None: all), and ``sharing (key heads, C.SHARED)`` the
     query heads of each, -1 where there are fewer (None: query head n has key head n).
@@ -162,30 +162,30 @@ def dkv_kernel(
     item, kv_head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     if documents is not None:
         documents += batch * num_queries
-    if C.TILES != SHORT:
-        _dkv_tile(
-            item, kv_head, batch, q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous,
-            dv_previous, dk_part_ptr, dv_part_ptr, sharing, lists, table, documents, q_position, k_position,
-            scale, table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys, q_step, k_run,
-            k_step, k_first, RULE, C)  # fmt: skip
-    else:
+    given = (
+        q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous, dv_previous,
+        dk_part_ptr, dv_part_ptr, sharing,
+        lists, table, documents, q_position, k_position, scale,
+        table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys,
+        q_step, k_run, k_step, k_first,
+    )  # fmt: skip
+    if C.TILES == SHORT:
         for n in range(item, tl.load(lists.count + batch), work):
-            _dkv_tile(
-                n, kv_head, batch, q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous,
-                dv_previous, dk_part_ptr, dv_part_ptr, sharing, lists, table, documents, q_position, k_position,
-                scale, table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys, q_step, k_run,
-                k_step, k_first, RULE, C)  # fmt: skip
+            _dkv_tile(n, kv_head, batch, given, RULE, C)
+    else:
+        _dkv_tile(item, kv_head, batch, given, RULE, C)
 
 
 @triton.jit
-def _dkv_tile(
-    item, kv_head, batch, q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous,
-    dv_previous, dk_part_ptr, dv_part_ptr, sharing, lists, table, documents, q_position, k_position,
-    scale, table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys,
-    q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def _dkv_tile(item, kv_head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
     """Gradients of a tile of keys and values, summed over the query heads that share them."""
+    (
+        q, k, v, q_boxes, dout_boxes, dout, row_stats, dk, dv, dk_previous, dv_previous,
+        dk_part_ptr, dv_part_ptr, sharing,
+        lists, table, documents, q_position, k_position, scale,
+        table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys,
+        q_step, k_run, k_step, k_first,
+    ) = given  # fmt: skip
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
     BLOCK_D: tl.constexpr = C.BLOCK_D
@@ -257,8 +257,8 @@ def _dkv_tile(
             whole = is_whole(tile, documents, own, i, q_end, C.TILES)
             if whole == 0:
                 seen = seen_cells(
-                    j_position, k_position, q_position, batch, head, numbers, documents, own, starts,
-                    i, place, q_end, RULE, True, C.TILES)  # fmt: skip
+                    j_position, k_position, q_position, batch, head, numbers, documents, own,
+                    starts, i, place, q_end, RULE, True, C.TILES)  # fmt: skip
                 weight = tl.where(seen, weight, 0.0)
             dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             dv_acc = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")

@@ -74,7 +74,8 @@ def plan_of(setup: Setup, pass_: Pass, starts: Tensor, own_keys: bool) -> Plan:
     order = pass_.k_order if own_keys else pass_.q_order
     plan_kernel[(B,)](
         starts, long, short, count, cut, cuts, work.longest, L, L.bit_length(), work.short,
-        work.most, work.room, setup.short.work.room, work.parts // 2, order.run, order.step, order.first,
+        work.most, work.room, setup.short.work.room, work.parts // 2,
+        order.run, order.step, order.first,
         ORDER=C.K_ORDER if own_keys else C.Q_ORDER, OWN=own, OTHER=other,
         CAUSAL=pass_.pattern.is_causal, OWN_KEYS=own_keys, LANES=_LANES,
     )  # fmt: skip
@@ -141,18 +142,18 @@ def plan_kernel(
             pieces = tl.where(is_cut, parts, 0)
             part = tl.where(is_cut, used_parts + tl.cumsum(pieces, axis=0) - pieces, -1)
             number = used_cuts + tl.cumsum(is_cut.to(tl.int32), axis=0) - 1
-            _store_numbers(
-                cut + (batch * room + number) * 5, is_cut, begin, end, row, part, parts
-            )
+            _store_numbers(cut + (batch * room + number) * 5, is_cut, begin, end, row, part, parts)
             used_cuts += tl.sum(is_cut.to(tl.int32), axis=0)
             used_parts += tl.sum(pieces, axis=0)
         for n in range(0, tl.max(parts, axis=0)):
             at, mask = long + (place + n) * 6, n < parts
-            _store_numbers(at, mask, begin, end, row, tl.where(part < 0, -1, part + n), parts * 0 + n)
+            own_part = tl.where(part < 0, -1, part + n)
+            _store_numbers(at, mask, begin, end, row, own_part, parts * 0 + n)
             tl.store(at + 5, parts, mask=mask)
         used += tl.sum(parts, axis=0)
 
-        own, own_end = tl.where(first_long, first_end, low), tl.where(last_long, last_begin, high + 1)
+        own = tl.where(first_long, first_end, low)
+        own_end = tl.where(last_long, last_begin, high + 1)
         base = tl.where(first_long, first_end, first_begin)
         stop = tl.where(last_long, last_begin, last_end)
         if CAUSAL and OWN_KEYS:

@@ -28,36 +28,36 @@ def forward_kernel(
     q_step, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
-    """Attend: a program takes a tile of queries, or several in turn where documents have own tiles."""
+    """Attend: a program takes a tile of queries, or several of short documents, in turn."""
     item, head, batch = head_and_batch(tl.program_id(0), work, lists.head_of, launch_heads)
     if documents is not None:
         documents += batch * num_queries
-    if C.TILES != SHORT:
-        _attend_tile(
-            item, head, batch, q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
-            lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads, work,
-            parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
-    else:
+    given = (
+        q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
+        lists, table, documents, q_position, k_position, scale,
+        table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
+        q_step, k_run, k_step, k_first,
+    )  # fmt: skip
+    if C.TILES == SHORT:
         for n in range(item, tl.load(lists.count + batch), work):
-            _attend_tile(
-                n, head, batch, q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
-                lists, table, documents, q_position, k_position, scale, table_stride, kv_group, heads, work,
-                parts, rows, num_queries, num_keys, q_step, k_run, k_step, k_first, RULE, C)  # fmt: skip
+            _attend_tile(n, head, batch, given, RULE, C)
+    else:
+        _attend_tile(item, head, batch, given, RULE, C)
 
 
 @triton.jit
-def _attend_tile(
-    item, head, batch, q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
-    lists, table, documents, q_position, k_position, scale,
-    table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
-    q_step, k_run, k_step, k_first,
-    RULE: tl.constexpr, C: tl.constexpr,
-):  # fmt: skip
+def _attend_tile(item, head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
     """Output of a tile of queries, or of a part of its row: long rows are cut.
 
     A whole row (part < 0) is written to ``out`` and ``lse``, merged with the pass before it if
     there was one (its output in ``previous``, its lse in ``lse``).
     """
+    (
+        q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
+        lists, table, documents, q_position, k_position, scale,
+        table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
+        q_step, k_run, k_step, k_first,
+    ) = given  # fmt: skip
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
     BLOCK_D: tl.constexpr = C.BLOCK_D

@@ -70,9 +70,9 @@ def _with_first_tokens(call: Call) -> Call:
     call = call._replace(documents=starts)
     if call.listed is None:
         return call
-    counted = torch.arange(starts.shape[1], device=starts.device) - starts[:, None]
-    q_position, k_position = (counted if x is None else x for x in (call.q_position, call.k_position))
-    return call._replace(q_position=q_position, k_position=k_position)
+    counted = torch.arange(starts.shape[1], device=starts.device) - starts
+    given = {"q_position": call.q_position, "k_position": call.k_position}
+    return call._replace(**{n: counted[:, None] if x is None else x for n, x in given.items()})
 
 
 def _chains(q: Tensor, k: Tensor, call: Call) -> list[tuple[Pass, ...]]:

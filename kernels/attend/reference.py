@@ -9,79 +9,85 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from kernels.attend.call import Call
+from kernels.attend.launch import empty_gradient
 from kernels.common.documents import first_tokens
+from kernels.common.kept import kept
 from kernels.patterns import Pattern
 
 CHUNK = {"cpu": 64, "cuda": 256}  # queries: a short chunk gathers few keys, a long one fills a GPU
 KEPT_CELLS = 2**26  # of one pattern's mask, 64 MiB; evaluating it takes a third of the time
 
 
-@torch.compiler.disable
-def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
-    """``kernels.attend.attend`` after its checks; computes in float32, or float64 for float64."""
-    dtype = torch.promote_types(q.dtype, torch.float32)
-    kv_group = q.shape[1] // k.shape[1]
-    k, v = (x.repeat_interleave(kv_group, dim=1) for x in (k, v))
-    q, k, v = (x.to(dtype).contiguous() for x in (q, k, v))
-    out, lse = _Attend.apply(q, k, v, call)
-    return out.to(call.out_dtype), lse
-
-
 def _without_autocast(function):
     """Compute in the dtype of the inputs, also where the caller's products are autocast."""
 
     @functools.wraps(function)
-    def exact(ctx, tensor, *rest):
+    def exact(tensor, *rest):
         with torch.autocast(tensor.device.type, enabled=False):
-            return function(ctx, tensor, *rest)
+            return function(tensor, *rest)
 
     return exact
 
 
-class _Attend(torch.autograd.Function):
-    @staticmethod
-    @_without_autocast
-    def forward(ctx, q, k, v, call):
-        out = v.new_empty(*q.shape[:3], v.shape[3])
-        lse = q.new_empty(q.shape[:3])
-        for rows, columns, visible in _chunks(call, q, k):
-            unseen = ~visible.any(dim=2)
-            k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
-            score = _scores(q[:, :, rows], k_chunk, visible, call.scale)
-            largest = score.amax(dim=-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
-            weight = score.sub_(largest).exp_()  # 0 where nothing is visible: exp(-inf)
-            total = weight.sum(dim=-1, keepdim=True)
-            out[:, :, rows] = weight @ v_chunk / total.masked_fill(total == 0, 1)
-            lse[:, :, rows] = (largest + total.log())[..., 0]
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.call = call
-        return out, lse
+@_without_autocast
+def forward(q: Tensor, k: Tensor, v: Tensor, *arguments) -> tuple[Tensor, Tensor]:
+    """``(out, lse)`` of ``kernels.attend.attend``; the arguments are those of a flat ``Call``."""
+    return formula(q, k, v, Call.rebuild(*arguments))
 
-    @staticmethod
-    @once_differentiable
-    @_without_autocast
-    def backward(ctx, dout, dlse):
-        q, k, v, out, lse = ctx.saved_tensors
-        dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        blind = torch.isneginf(lse)  # queries without a visible key: no gradient
-        lse = lse.masked_fill(blind, float("inf"))
-        # dS = P (dP - (delta - dlse)), with delta = sum of dout * out over Dv.
-        shift = ((dout * out).sum(dim=-1) - dlse).masked_fill(blind, 0)
-        for rows, columns, visible in _chunks(ctx.call, q, k):
-            unseen = ~visible.any(dim=2)
-            k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
-            score = _scores(q[:, :, rows], k_chunk, visible, ctx.call.scale)
-            p = score.sub_(lse[:, :, rows, None]).exp_()
-            dp = dout[:, :, rows] @ v_chunk.mT
-            ds = p * dp.sub_(shift[:, :, rows, None]) * ctx.call.scale
-            ds.masked_fill_(~visible, 0)  # 0 * inf, where an unseen value is huge
-            dq[:, :, rows] = ds @ k_chunk
-            _scatter_add(dk, columns, ds.mT @ q[:, :, rows])
-            _scatter_add(dv, columns, p.mT @ dout[:, :, rows])
-        return dq, dk, dv, None
+
+def formula(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]:
+    """``(out, lse)``, differentiable any number of times; in float32, or float64 for float64."""
+    q, k, v = _wide(q, k, v)
+    out, lse = [], []
+    for rows, columns, visible in _chunks(call, q, k):
+        unseen = ~visible.any(dim=2)
+        k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (k, v))
+        score = _scores(q[:, :, rows], k_chunk, visible, call.scale)
+        largest = score.detach().amax(dim=-1, keepdim=True).clamp(min=torch.finfo(q.dtype).min)
+        weight = score.sub_(largest).exp_()  # 0 where nothing is visible: exp(-inf)
+        total = weight.sum(dim=-1, keepdim=True)
+        blind = total == 0
+        total = total.masked_fill(blind, 1)
+        out.append((weight @ v_chunk / total).transpose(1, 2))
+        lse.append((largest + total.log()).masked_fill(blind, float("-inf"))[..., 0])
+    # In (B, L, H, Dv) memory, as that of the kernels.
+    return torch.cat(out, dim=1).transpose(1, 2).to(call.out_dtype), torch.cat(lse, dim=2)
+
+
+@_without_autocast
+def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tensor, *arguments):
+    """``(dq, dk, dv)`` from the gradients of ``out`` and ``lse`` (None if that was not used)."""
+    call, kv_group = Call.rebuild(*arguments), q.shape[1] // k.shape[1]
+    wide_q, wide_k, wide_v = _wide(q, k, v)
+    dq, dk, dv = torch.empty_like(wide_q), torch.zeros_like(wide_k), torch.zeros_like(wide_v)
+    dout = dout.to(wide_q.dtype)
+    dlse = torch.zeros_like(lse) if dlse is None else dlse
+    blind = torch.isneginf(lse)  # queries without a visible key: no gradient
+    lse, dlse = lse.masked_fill(blind, float("inf")), dlse.masked_fill(blind, 0)
+    for rows, columns, visible in _chunks(call, wide_q, wide_k):
+        unseen = ~visible.any(dim=2)
+        k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (wide_k, wide_v))
+        score = _scores(wide_q[:, :, rows], k_chunk, visible, call.scale)
+        p = score.sub_(lse[:, :, rows, None]).exp_()
+        dp = dout[:, :, rows] @ v_chunk.mT
+        dp.masked_fill_(~visible, 0)  # 0 * inf, where an unseen value is huge
+        # dS = P (dP - (delta - dlse)), with delta = sum of P dP over the keys.
+        delta = (p * dp).sum(dim=-1, keepdim=True)
+        ds = dp.sub_(delta - dlse[:, :, rows, None]).mul_(p).mul_(call.scale)
+        dq[:, :, rows] = ds @ k_chunk
+        _scatter_add(dk, columns, ds.mT @ wide_q[:, :, rows])
+        _scatter_add(dv, columns, p.mT @ dout[:, :, rows])
+    dk, dv = (x.unflatten(1, (-1, kv_group)).sum(dim=2) for x in (dk, dv))
+    return tuple(empty_gradient(x).copy_(dx) for x, dx in ((q, dq), (k, dk), (v, dv)))
+
+
+def _wide(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+    """In the dtype of the sums, and with a key head for each query head."""
+    dtype, kv_group = torch.promote_types(q.dtype, torch.float32), q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(kv_group, dim=1) for x in (k, v))
+    return tuple(x.to(dtype).contiguous() for x in (q, k, v))
 
 
 def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
@@ -171,7 +177,7 @@ def _visibility(
     return visible
 
 
-@functools.lru_cache(maxsize=48)
+@kept(maxsize=48)
 def _pattern_chunks(
     pattern: Pattern, heads: int, num_queries: int, num_keys: int, chunk: int, device: str
 ) -> tuple[list[Tensor], list[Tensor] | None]:

@@ -64,7 +64,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, call: Call) -> tuple[Tensor, Tensor]
             q, k, v, 0.0, is_causal, False, scale=call.scale
         )
     out, lse = found[0], found[1].detach().reshape(q.shape[:3])
-    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, *call.flatten())
+    return out, _LogSumExp.apply(q, k, v, out.detach(), lse, *call.flatten(q))
 
 
 class _LogSumExp(torch.autograd.Function):
@@ -80,11 +80,14 @@ class _LogSumExp(torch.autograd.Function):
     def backward(ctx, dlse):
         q, k, v, out, lse = ctx.saved_tensors
         nothing = torch.zeros_like(out)
-        grads = operator.attend_backward(nothing, dlse, q, k, v, out, lse, *ctx.arguments)
+        grads = operator.gradients(
+            operator.fused, nothing, dlse, q, k, v, out, lse, *ctx.arguments
+        )  # fmt: skip
         return *grads, None, None, *(None for _ in ctx.arguments)
 
 
 @functools.cache
 def _has_cudnn(device: torch.device) -> bool:
     """Hopper and later, where cuDNN is the fastest."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    # Fake tensors may be on a card that is not there.
+    return torch.cuda.is_available() and torch.cuda.get_device_capability(device) >= (9, 0)

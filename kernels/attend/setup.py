@@ -21,6 +21,7 @@ from kernels.attend.work import (
     short_work,
     work_of,
 )
+from kernels.common.kept import kept
 from kernels.common.loads import GATHERED, PLAIN, RESIDUES
 from kernels.patterns import Pattern
 from kernels.patterns.algebra import Nothing
@@ -183,7 +184,9 @@ def _make_setup(
         sides = config.tile if direction != "dkv" else config.tile[::-1]
         rest = short_work(num_queries, *sides, work.short, device)
         short = _make_setup(pass_, direction, sizes, device, config, rest)
-    return Setup(config, work, lists, len(launched), sharing, table, counts, constants, compiled, short)
+    return Setup(
+        config, work, lists, len(launched), sharing, table, counts, constants, compiled, short
+    )  # fmt: skip
 
 
 def _kind(order: Order) -> int:
@@ -192,12 +195,12 @@ def _kind(order: Order) -> int:
     return (PLAIN if order.step == 1 else RESIDUES).value
 
 
-@functools.lru_cache(maxsize=256)
+@kept(maxsize=256)
 def _numbers(numbers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int32, device=device)
 
 
-@functools.lru_cache(maxsize=256)
+@kept(maxsize=256)
 def _sharing(heads: tuple[int, ...], kv_group: int, device: torch.device) -> Tensor | None:
     """The query heads among ``heads`` of each key head, ``(key heads, most)``, padded with -1."""
     if kv_group == 1:

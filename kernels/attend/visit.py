@@ -19,7 +19,6 @@ from kernels.common.documents import (
 from kernels.common.loads import token_of
 from kernels.patterns.rule_tree import is_visible
 
-
 # Which tiles programs own (``kernels.attend.setup.Constants.TILES``):
 ROW = tl.constexpr(0)  # those of the row
 LONG = tl.constexpr(1)  # those of each long document, counted from its start
@@ -76,8 +75,9 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
     """What a program that owns a tile of queries does.
 
     Returns:
-        Its queries, their places in the document or row, their limit and documents; the token from which the keys of its list count,
-        their limit and order; the entries to visit, and the part that the result is.
+        Its queries, their places in the document or row, their limit and documents; the token
+        from which the keys of its list count, their limit and order; the entries to visit, and the
+        part that the result is.
     """
     if C.TILES == ROW:
         row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
@@ -133,9 +133,7 @@ def document_entries(lists, head, row, rows, tokens, piece, pieces, order, TILE:
         if PER_HEAD:
             offsets += head * (rows + 1)
         low = tl.load(offsets)
-        high = entries_before(
-            lists.entries, low, tl.load(offsets + 1), tokens, order, TILE, ORDER
-        )
+        high = entries_before(lists.entries, low, tl.load(offsets + 1), tokens, order, TILE, ORDER)
         return low + (high - low) * piece // pieces, low + (high - low) * (piece + 1) // pieces
 
 

@@ -1,6 +1,5 @@
 """From tile lists to what programs do: items of work, and the entries they visit."""
 
-import functools
 from dataclasses import dataclass, replace
 
 import torch
@@ -8,6 +7,7 @@ import triton
 from torch import Tensor
 
 from kernels.attend.passes import Pass
+from kernels.common.kept import kept
 from kernels.patterns.rule_tree import Rule, rule_of, table_of
 from kernels.patterns.tiles import TileList, list_tiles
 
@@ -236,11 +236,12 @@ def make_document_work(tiles: TileList, tokens: int) -> DocumentWork:
     extra = long_rows * triton.cdiv(triton.cdiv(tokens, other), most)
     programs = _aligned(triton.cdiv(tokens, own) + tokens // short + extra)
     return DocumentWork(
-        entries.int(), offsets.int(), longest.int(), most, long_rows, programs, 2 * extra, mean, short
+        entries.int(), offsets.int(), longest.int(), most, long_rows, programs, 2 * extra, mean,
+        short,
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def short_work(tokens: int, own: int, other: int, short: int, device: torch.device) -> ShortWork:
     """The work of short documents in rows of so many tokens, by the sides of tiles."""
     reach = triton.cdiv(own + 2 * short, other) + 1  # from the first document of a tile to the last
@@ -254,7 +255,7 @@ def _aligned(count: int) -> int:
     return triton.cdiv(count, 16) * 16
 
 
-@functools.lru_cache(maxsize=512)
+@kept(maxsize=512)
 def work_of(
     pass_: Pass, heads: int, num_queries: int, num_keys: int, tile: tuple[int, int], inverse: bool,
     device: torch.device,
@@ -277,7 +278,7 @@ def _moved(work, device: torch.device, *names: str):
     return replace(work, **{name: getattr(work, name).to(device) for name in names})
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _tiles(pass_, heads, queries, keys, tile, device) -> TileList:
     small = max(queries // tile[0], keys // tile[1]) <= ROWS_ON_CPU
     where = torch.device("cpu") if small else device
@@ -301,7 +302,7 @@ def _repeat(tiles: TileList, residues: int) -> TileList:
     return TileList(offsets.int(), numbers, full, shape, tiles.tile, residues)
 
 
-@functools.lru_cache(maxsize=512)
+@kept(maxsize=512)
 def rule_and_table(
     pass_: Pass, heads: int, length: int, device: torch.device
 ) -> tuple[Rule, Tensor]:

@@ -6,6 +6,7 @@ An explicit request is never swapped, and no choice changes which keys are visib
 from typing import Literal, get_args
 
 import torch
+from torch.autograd import forward_ad
 
 from kernels.common.interpreter import INTERPRETED
 
@@ -36,3 +37,24 @@ def choose(implementation: str, device: torch.device, dtype: torch.dtype) -> str
             "use 'reference'."
         )
     return implementation
+
+
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` is at work, or the forward mode of autograd."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def untransformed(implementation: str) -> str:
+    """What to choose where a kernel does not know these: "reference" in place of "auto".
+
+    Raises:
+        ValueError: if "fused" was asked for.
+    """
+    if not is_transformed():
+        return implementation
+    if implementation == "fused":
+        raise ValueError(
+            "implementation='fused' has no rule here for the transforms of torch.func, nor for "
+            "forward mode; use 'auto' or 'reference'."
+        )
+    return "reference" if implementation == "auto" else implementation

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from kernels.common.dispatch import Implementation, choose
+from kernels.common.dispatch import Implementation, choose, untransformed
 from kernels.common.jit import kernel
 
 EPSILON = 1e-6  # added to the mean square
@@ -43,7 +43,8 @@ def split_heads(
         ``q, k (B, H, L, qk_dim / H)`` and ``v (B, H, L, dim / H)``, in ``(B, L, H, D)`` memory.
 
     Raises:
-        ValueError: if a head has no whole pairs, or the implementation cannot run.
+        ValueError: if a head has no whole pairs, or the implementation cannot run: "fused" not
+            under a transform of `torch.func`, where "auto" is the reference.
 
     Source:
         RMSNorm, Zhang and Sennrich 2019, arXiv:1910.07467, eq. 4; QK-norm, Henry et al. 2020,
@@ -53,7 +54,7 @@ def split_heads(
         raise ValueError(
             f"qk_dim must be a multiple of 2 x heads, got qk_dim={qk_dim} and heads={heads}."
         )
-    chosen = choose(implementation, qkv.device, qkv.dtype)
+    chosen = choose(untransformed(implementation), qkv.device, qkv.dtype)
     if chosen == "reference" or (gains is None and rotary is None):
         return _reference(qkv, heads, qk_dim, gains, rotary)
     q, k, v = torch.ops.strider.split_heads(

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor, library
 
-from kernels.common.dispatch import Implementation, choose
+from kernels.common.dispatch import Implementation, choose, untransformed
 from kernels.common.jit import kernel
 
 BLOCK = 1024  # numbers of dy that a program serves
@@ -29,7 +29,8 @@ def swiglu(x: Tensor, implementation: Implementation = "auto") -> Tensor:
         ``(..., H)``, in the dtype of ``x``.
 
     Raises:
-        ValueError: if ``x`` has no two halves, or the implementation cannot run.
+        ValueError: if ``x`` has no two halves, or the implementation cannot run: "fused" not under
+            a transform of `torch.func`, where "auto" is the reference.
         RuntimeError: if the gradient of "fused" is differentiated in its turn.
 
     Source:
@@ -37,7 +38,7 @@ def swiglu(x: Tensor, implementation: Implementation = "auto") -> Tensor:
     """
     if x.shape[-1] % 2:
         raise ValueError(f"x must be gate and up side by side, got a width of {x.shape[-1]}.")
-    if choose(implementation, x.device, x.dtype) == "reference":
+    if choose(untransformed(implementation), x.device, x.dtype) == "reference":
         return _product(x)
     return _SwiGLU.apply(x)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kernels.common.interpreter import device_function
+from kernels.common.kept import kept
 from kernels.patterns.bounds import Box, Known
 from kernels.patterns.order import SEQUENCE, Order
 
@@ -89,7 +90,7 @@ class Pattern:
         keys = length if keys is None else keys
         return list_tiles(self, SEQUENCE, SEQUENCE, length, keys, sides, heads, device)
 
-    @functools.lru_cache(maxsize=256)  # noqa: B019 (patterns are small immutable values)
+    @kept(maxsize=256)
     def keys_per_query(self, length: int, heads: int = 1) -> float:
         """Mean number of visible keys over the queries and heads: the honest cost.
 
@@ -143,14 +144,10 @@ class Pattern:
         """
         if self._encoded is not None:
             return self._encoded
-        text = repr(self)
-        filled = text + " " * (-len(text) % _ENCODED)
-        # On the CPU wherever a model is made: under `torch.device("meta")`, say.
-        letters = [ord(letter) for letter in filled]
-        encoded = torch.tensor(letters, dtype=torch.uint8, device="cpu")
-        if not torch.compiler.is_compiling():
-            object.__setattr__(self, "_encoded", encoded)
-        return encoded
+        if torch.compiler.is_compiling():
+            return _bytes(repr(self))
+        object.__setattr__(self, "_encoded", _kept_bytes(repr(self)))
+        return self._encoded
 
     # What a term says of itself; of a bound pattern
 
@@ -382,3 +379,11 @@ def _flat(kind: type, *patterns: Pattern) -> tuple[Pattern, ...]:
             raise TypeError(f"only patterns combine with & and |, got {pattern!r}")
         flat += pattern.operands if isinstance(pattern, kind) else (pattern,)
     return tuple(flat)
+
+
+def _bytes(text: str) -> Tensor:
+    filled = text + " " * (-len(text) % _ENCODED)
+    return torch.tensor([ord(letter) for letter in filled], dtype=torch.uint8, device="cpu")
+
+
+_kept_bytes = kept(maxsize=256)(_bytes)

@@ -1,12 +1,12 @@
 """How long a pattern can still reach each key, and where decoding keeps it until then."""
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from kernels.common.kept import kept
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.find_tiles import CELLS
 from kernels.patterns.tiles import last_visitor
@@ -64,7 +64,7 @@ class CachePlan:
             position = then[-1]
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def cache_plan(pattern: Pattern, heads: int, length: int) -> CachePlan:
     """Plan the cache of every head for a sequence of ``length`` tokens.
 

@@ -1,6 +1,5 @@
 """``blocks(layout, block)``: any layout of blocks that is given."""
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.interpreter import device_function
+from kernels.common.kept import kept
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -81,13 +81,13 @@ class Blocks(Pattern):
         return f"blocks({'/'.join(self.layout)!r}, block={self.block})"
 
 
-@functools.lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _cells(rows: tuple[str, ...], device: str) -> Tensor:
     """Whether each block is visible, ``(N, N)`` bool."""
     return torch.tensor([[cell == "x" for cell in row] for row in rows], device=device)
 
 
-@functools.lru_cache(maxsize=16)
+@kept(maxsize=16)
 def _sums(rows: tuple[str, ...], device: str) -> Tensor:
     """Visible blocks above and to the left of each corner, ``(N + 1, N + 1)`` int64."""
     sums = _cells(rows, device).long().cumsum(0).cumsum(1)

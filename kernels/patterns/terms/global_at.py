@@ -1,6 +1,5 @@
 """``global_at(0, 17, 400)``: the tokens at these positions see all and are seen by all."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.interpreter import device_function
+from kernels.common.kept import kept
 from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
@@ -76,6 +76,6 @@ class GlobalAt(Pattern):
         return f"global_at({', '.join(map(str, self.positions))})"
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _tensor(positions: tuple[int, ...], device: str) -> Tensor:
     return torch.tensor(positions, device=device)

@@ -4,7 +4,6 @@ Every rank, a resumed run and the backward pass draw the same blocks, because no
 arguments enters: no generator, no state.
 """
 
-import functools
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -12,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.interpreter import device_function
+from kernels.common.kept import kept
 from kernels.patterns.algebra import And, Not, Nothing, Or, Pattern
 from kernels.patterns.bounds import Box, Known
 from kernels.patterns.draws import draw_blocks
@@ -213,7 +213,7 @@ def _without_random(pattern: Pattern, replacement: Pattern) -> Pattern:
 # ------------------------------------------------------------------------------ draws
 
 
-@functools.lru_cache(maxsize=64)
+@kept(maxsize=64)
 def _draws(
     term: RandomBlocks, surroundings: Surroundings, heads: tuple[int, ...], blocks: int, device: str
 ) -> Tensor:
