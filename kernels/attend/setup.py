@@ -122,7 +122,23 @@ def setup_of(pass_: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call:
     area = listed.tile[0] * listed.tile[1]
     config = Config(*listed.tile, 8 if area >= 128 * 128 else 4, 2)
     work = listed.columns if direction == "dkv" else listed.rows
-    return _make_setup(pass_, direction, sizes, q.device, config, work)
+    return _make_setup(pass_, direction, sizes, q.device, config, work, _length(pass_, call, sizes))
+
+
+def _length(pass_: Pass, call: Call, sizes: Sizes) -> int:
+    """Tokens of the sequence that queries and keys are from, as far as tables must reach.
+
+    Where there are tables, this waits for the positions that are given.
+    """
+    length = max(sizes.num_queries, sizes.num_keys)
+    if not _has_table(pass_.pattern):
+        return length
+    given = [x for x in (call.q_position, call.k_position) if x is not None]
+    return max([length, *(1 + int(x.max()) for x in given)])
+
+
+def _has_table(pattern: Pattern) -> bool:
+    return pattern.has_table or any(map(_has_table, pattern.operands))
 
 
 @functools.lru_cache(maxsize=1024)
@@ -140,16 +156,17 @@ def _planned(
     if work.mean_tiles * config.tile[not inverse] >= LONG_ROWS:
         config = config_for(*kind, "long").fit(*lengths)
         work = work_of(pass_, heads, num_queries, num_keys, config.tile, inverse, device)
-    return _make_setup(pass_, direction, sizes, device, config, work)
+    length = max(num_queries, num_keys)
+    return _make_setup(pass_, direction, sizes, device, config, work, length)
 
 
 def _make_setup(
     pass_: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config,
-    work: Work | DocumentWork | ShortWork,
+    work: Work | DocumentWork | ShortWork, length: int,
 ) -> Setup:  # fmt: skip
     heads, kv_heads, num_queries, num_keys, D, DV = sizes
     kv_group = heads // kv_heads
-    rule, table = rule_and_table(pass_, heads, max(num_queries, num_keys), device)
+    rule, table = rule_and_table(pass_, heads, length, device)
     sharing, launched, everyone = None, pass_.heads, tuple(range(heads))
     if direction == "dkv":
         sharing = _sharing(pass_.heads, kv_group, device)
@@ -183,7 +200,7 @@ def _make_setup(
     if isinstance(work, DocumentWork):
         sides = config.tile if direction != "dkv" else config.tile[::-1]
         rest = short_work(num_queries, *sides, work.short, device)
-        short = _make_setup(pass_, direction, sizes, device, config, rest)
+        short = _make_setup(pass_, direction, sizes, device, config, rest, length)
     return Setup(
         config, work, lists, len(launched), sharing, table, counts, constants, compiled, short
     )  # fmt: skip
