@@ -27,6 +27,8 @@ from kernels.patterns import Pattern
 from kernels.patterns.algebra import Nothing
 from kernels.patterns.order import SEQUENCE, Order
 
+REGISTERS_OF_THREE = 168  # a thread, where three programs of four warps share an SM
+
 
 class Sizes(NamedTuple):
     """Of the tensors of one call."""
@@ -37,6 +39,7 @@ class Sizes(NamedTuple):
     num_keys: int
     D: int
     DV: int
+    bytes: int  # of a number
 
 
 @dataclass(frozen=True)
@@ -96,7 +99,7 @@ class Setup:
 
 @functools.lru_cache(maxsize=256)
 def chains_of(
-    pattern: Pattern, heads: int, num_keys: int, is_listed: bool, packed: bool
+    pattern: Pattern, heads: int, num_keys: int, is_listed: bool, packed: bool = False
 ) -> list[tuple[Pass, ...]]:
     """The chains of passes; a sequence may be too short to have any summary column.
 
@@ -115,7 +118,8 @@ def setup_of(pass_: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call:
     Args:
         direction: one of ``kernels.attend.tuning.DIRECTIONS``.
     """
-    sizes = Sizes(q.shape[1], k.shape[1], q.shape[2], k.shape[2], q.shape[3], v.shape[3])
+    lengths = q.shape[2], k.shape[2]
+    sizes = Sizes(q.shape[1], k.shape[1], *lengths, q.shape[3], v.shape[3], q.element_size())
     if call.listed is None:
         return _planned(pass_, direction, sizes, q.dtype, q.device, forced_now())
     listed = call.listed
@@ -147,7 +151,7 @@ def _planned(
     _forced: tuple,
 ) -> Setup:  # fmt: skip
     # What is forced is asked for below by `config_for`; as an argument it keeps setups apart.
-    heads, _, num_queries, num_keys, D, DV = sizes
+    heads, _, num_queries, num_keys, D, DV, _ = sizes
     kind = direction, max(D, DV), dtype, device
     lengths = pass_.q_order.longest(num_queries), pass_.k_order.longest(num_keys)
     inverse = direction == "dkv"
@@ -164,7 +168,7 @@ def _make_setup(
     pass_: Pass, direction: str, sizes: Sizes, device: torch.device, config: Config,
     work: Work | DocumentWork | ShortWork, length: int,
 ) -> Setup:  # fmt: skip
-    heads, kv_heads, num_queries, num_keys, D, DV = sizes
+    heads, kv_heads, num_queries, num_keys, D, DV, _ = sizes
     kv_group = heads // kv_heads
     rule, table = rule_and_table(pass_, heads, length, device)
     sharing, launched, everyone = None, pass_.heads, tuple(range(heads))
@@ -196,6 +200,9 @@ def _make_setup(
         TILES=(SHORT if is_short else LONG if pass_.by_document else ROW).value,
     )
     compiled = {"RULE": rule, "C": constants, "num_warps": config.warps}
+    is_small = max(constants.BLOCK_D, constants.BLOCK_DV) <= 64 and sizes.bytes <= 2
+    if isinstance(work, DocumentWork) and direction != "dkv" and is_small and config.warps == 4:
+        compiled["maxnreg"] = REGISTERS_OF_THREE  # left alone, the compiler takes more for nothing
     lists = Lists(getattr(work, "items", None), work.entries, head_of, work.offsets, work.room)
     if isinstance(work, DocumentWork):
         sides = config.tile if direction != "dkv" else config.tile[::-1]

@@ -213,19 +213,6 @@ def test_a_query_without_a_visible_key_gives_zero_and_no_gradient():
     assert all(grad.isfinite().all() for grad in grads)
 
 
-@pytest.mark.parametrize(
-    "name", ["causal", "bigbird", "longformer-bidirectional", "strided", "fixed"]
-)
-def test_documents_do_not_see_each_other(name):
-    q, k, v = inputs(L=200, device=DEVICE)
-    lengths = torch.tensor([[70, 1, 64, 65], [64, 30, 6, 100]], device=DEVICE)
-    documents = torch.stack([torch.arange(4, device=DEVICE).repeat_interleave(n) for n in lengths])
-    documents = (3 * documents + 2).int()  # any numbers that do not decrease
-    mask = dense_mask(PATTERNS[name], 200, 4, DEVICE)
-    mask = mask & (documents[:, None, :, None] == documents[:, None, None, :])
-    assert_exact(PATTERNS[name], q, k, v, mask, documents=documents)
-
-
 def test_permuted_tokens_with_positions_equal_the_original_order():
     q, k, v = inputs(L=96, device=DEVICE)
     order = torch.stack([torch.randperm(96, device=DEVICE) for _ in range(2)])
