@@ -119,7 +119,7 @@ def test_every_token_has_one_program_whatever_the_documents(small_tiles, kernel_
         plan = documents.plan_of(made, chain[0], starts, own_keys=False)
         taken = torch.zeros(2, 300, dtype=torch.int32)
         for b in range(2):
-            for begin, end, row, part, piece, _ in plan.long[b].tolist():
+            for begin, end, row, _, piece, _ in plan.long[b].tolist():
                 if end and piece == 0:
                     taken[b, begin + 32 * row : min(begin + 32 * (row + 1), end)] += 1
             for own, own_end, *_ in plan.short[b, : plan.count[b]].tolist():
