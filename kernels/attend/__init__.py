@@ -41,10 +41,11 @@ def attend(
         pattern: which keys are visible; evaluated per query head.
         scale: factor of the scores, default ``1 / sqrt(D)``.
         documents: ``(B, L)`` non-decreasing integers, with ``Lq == Lk == L``: tokens of different
-            documents do not see each other.
+            documents do not see each other, and positions count from the start of each document.
         q_position: integers that broadcast to ``(B, Hq, Lq)``, default 0, 1, 2 ...: what the
-            pattern is evaluated at.
-        k_position: integers that broadcast to ``(B, Hkv, Lk)``, default 0, 1, 2 ...
+            pattern is evaluated at. A token at a negative position sees nothing.
+        k_position: integers that broadcast to ``(B, Hkv, Lk)``, default 0, 1, 2 ...; a token at a
+            negative position is not seen.
         tiles: with positions, required: the tiles, in storage order, outside of which nothing is
             visible.
         out_dtype: dtype of ``out``, default that of ``q``. Partial results that will be merged

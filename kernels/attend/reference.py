@@ -70,12 +70,13 @@ def backward(dout: Tensor, dlse: Tensor | None, q, k, v, out: Tensor, lse: Tenso
         unseen = ~visible.any(dim=2)
         k_chunk, v_chunk = (_gather(x, columns, unseen) for x in (wide_k, wide_v))
         score = _scores(wide_q[:, :, rows], k_chunk, visible, call.scale)
-        p = score.sub_(lse[:, :, rows, None]).exp_()
+        p = score.sub_(lse[:, :, rows, None]).exp_().masked_fill_(~visible, 0)
         dp = dout[:, :, rows] @ v_chunk.mT
         dp.masked_fill_(~visible, 0)  # 0 * inf, where an unseen value is huge
         # dS = P (dP - (delta - dlse)), with delta = sum of P dP over the keys.
         delta = (p * dp).sum(dim=-1, keepdim=True)
         ds = dp.sub_(delta - dlse[:, :, rows, None]).mul_(p).mul_(call.scale)
+        ds.masked_fill_(~visible, 0)  # again, where a row of gradients is not finite
         dq[:, :, rows] = ds @ k_chunk
         _scatter_add(dk, columns, ds.mT @ wide_q[:, :, rows])
         _scatter_add(dv, columns, p.mT @ dout[:, :, rows])

@@ -272,6 +272,34 @@ def test_nan_in_dead_tiles_other_documents_and_padding_never_leaks():
     assert lse[:, :, 128:].isfinite().all()
 
 
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize(
+    ("place", "unreached"),
+    [
+        ("k", ["out", "lse", "dk", "dv"]),
+        ("v", ["lse", "dv"]),
+        ("q", ["out", "lse", "dq", "dv"]),
+        ("dout", ["out", "lse", "dq", "dk"]),
+    ],
+)
+def test_what_nan_and_infinity_do_not_reach_in_a_visited_tile(
+    place, unreached, value, implementation
+):
+    q, k, v = inputs(B=1, Hq=1, Hkv=1, L=32, D=16, Dv=16, device=DEVICE)
+    given = {"q": q, "k": k, "v": v, "dout": torch.randn_like(v)}
+    # The last 16 tokens are keys that nobody sees, or queries that do not see the first keys.
+    given[place][:, :, 20] = value
+    pattern = blocks("x./x." if place in "kv" else "x./.x", block=16)
+    leaves = [given[name].requires_grad_() for name in "qkv"]
+    out, lse = attend(*leaves, pattern, implementation=implementation)
+    grads = torch.autograd.grad((out, lse), leaves, (given["dout"], torch.ones_like(lse)))
+    results = dict(zip(("out", "lse", "dq", "dk", "dv"), (out, lse, *grads), strict=True))
+    tokens = slice(None) if place in "kv" else slice(16)
+    for name in unreached:
+        assert results[name][:, :, tokens].isfinite().all(), name
+
+
 @pytest.mark.parametrize("name", ["bigbird", "longformer-bidirectional", "strided", "fixed"])
 def test_backward_is_equal_from_run_to_run(name):
     q, k, v = (x.requires_grad_() for x in inputs(B=1, L=130, Hq=2, Hkv=1, device=DEVICE))
