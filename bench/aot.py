@@ -45,6 +45,7 @@ UNEVEN = "causal() & (window(8) | strided(5))"  # the same, where the residues d
 FIXED = "causal() & fixed(8, 2)"  # summary cells, gathered
 BLOCKS = "causal() & (window(3, block=64) | global_tokens(128))"  # positions in a document count
 CUT_ROWS = "window(8, 8) | global_tokens(2)"  # rows of 64 tiles, cut and merged again
+LISTED = "causal() & (window(8) | global_at(3, 3900))"  # the same of listed tokens
 KERNELS = {"forward": "forward_kernel", "dq": "dq_kernel", "dkv": "dkv_kernel"}
 BEST_PATHS = ((80, False), (90, True))  # capability, and whether by the copy engine
 PATHS = (*BEST_PATHS, (90, False))
@@ -116,6 +117,7 @@ def shipped() -> Iterator[Variant]:
         yield Variant(*bare, UNEVEN, copies=False)
         yield Variant(*bare, FIXED, copies)
         yield Variant(*bare, CUT_ROWS, copies, length=4096)
+        yield Variant(*bare, LISTED, copies, length=4096)
         for text in ("causal()", BLOCKS, FIXED):  # tiles of the row, of documents, gathered
             yield Variant(*bare, text, copies, documents=True)
         yield Variant(*bare, "causal()", turned=True)

@@ -21,7 +21,7 @@ def planning_times(case: Case, length: int, device: torch.device) -> dict:
     call = Call(case.pattern, case.head_size**-0.5, q.dtype)
 
     def ours() -> None:
-        for chain in setup.chains_of(case.pattern, HEADS, length, False):
+        for chain in setup.chains_of(case.pattern, HEADS, length, length, False):
             for part in chain:
                 for direction in DIRECTIONS:
                     setup.setup_of(part, direction, q, k, v, call)

@@ -51,7 +51,7 @@ def dq_kernel(
     q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous, part_ptr,
     lists, table, documents, q_position, k_position, scale,
     table_stride, kv_group, heads, launch_heads, work, parts, rows, num_queries, num_keys,
-    q_step, k_run, k_step, k_first,
+    q_step, q_first, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradient of the queries: a program takes a tile, or several of short documents, in turn."""
@@ -62,7 +62,7 @@ def dq_kernel(
         q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous, part_ptr,
         lists, table, documents, q_position, k_position, scale,
         table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
-        q_step, k_run, k_step, k_first,
+        q_step, q_first, k_run, k_step, k_first,
     )  # fmt: skip
     if C.TILES == SHORT:
         for n in range(item, tl.load(lists.count + batch), work):
@@ -78,7 +78,7 @@ def _dq_tile(item, head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
         q, k, v, k_boxes, v_boxes, out, dout, lse_ptr, dlse_ptr, row_stats, dq, previous, part_ptr,
         lists, table, documents, q_position, k_position, scale,
         table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
-        q_step, k_run, k_step, k_first,
+        q_step, q_first, k_run, k_step, k_first,
     ) = given  # fmt: skip
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
@@ -86,7 +86,7 @@ def _dq_tile(item, head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     i, i_place, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
-        q_step, k_run, k_step, k_first, C)  # fmt: skip
+        q_step, q_first, k_run, k_step, k_first, C)  # fmt: skip
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)
@@ -151,7 +151,7 @@ def dkv_kernel(
     dk_part_ptr, dv_part_ptr, sharing,
     lists, table, documents, q_position, k_position, scale,
     table_stride, kv_group, heads, launch_heads, work, parts, rows, num_queries, num_keys,
-    q_step, k_run, k_step, k_first,
+    q_step, q_first, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Gradients of keys and values: a program takes a tile, or several of short documents, in turn.
@@ -167,7 +167,7 @@ def dkv_kernel(
         dk_part_ptr, dv_part_ptr, sharing,
         lists, table, documents, q_position, k_position, scale,
         table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys,
-        q_step, k_run, k_step, k_first,
+        q_step, q_first, k_run, k_step, k_first,
     )  # fmt: skip
     if C.TILES == SHORT:
         for n in range(item, tl.load(lists.count + batch), work):
@@ -184,7 +184,7 @@ def _dkv_tile(item, kv_head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
         dk_part_ptr, dv_part_ptr, sharing,
         lists, table, documents, q_position, k_position, scale,
         table_stride, heads, launch_heads, work, parts, rows, num_queries, num_keys,
-        q_step, k_run, k_step, k_first,
+        q_step, q_first, k_run, k_step, k_first,
     ) = given  # fmt: skip
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
@@ -195,11 +195,11 @@ def _dkv_tile(item, kv_head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
         row, low, high, part = work_item(lists.items, item, kv_head, work, False, C.CUT)
         base, q_end, k_end = 0, num_queries, num_keys
         residue = row // rows
-        q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
+        q_order, k_order = (residue, 1, q_step, q_first), (residue, k_run, k_step, k_first)
         j = token_of(row % rows * BLOCK_J + tl.arange(0, BLOCK_J), k_order, C.K_ORDER)
         j_place, own = j, own_documents(documents, j, num_keys)
     else:
-        q_order, k_order = (0, 1, q_step, 0), (0, k_run, k_step, k_first)
+        q_order, k_order = (0, 1, q_step, q_first), (0, k_run, k_step, k_first)
         first, k_end, base, q_end, row, part, piece, pieces = document_item(
             lists, item, batch, C.TILES
         )

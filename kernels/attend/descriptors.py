@@ -7,7 +7,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels.common.interpreter import INTERPRETED
-from kernels.patterns.order import Order
+from kernels.patterns.order import Listed, Order
 
 
 def boxes_of(
@@ -16,7 +16,7 @@ def boxes_of(
     """Descriptors of ``x`` and ``y (B, H, tokens, D)``, both None where there can be none.
 
     The copy engine needs 16-byte strides, and whole blocks if the tokens are in an order of their
-    own.
+    own. Listed tokens have no blocks.
 
     Args:
         order: the order in which tokens are taken.
@@ -24,7 +24,7 @@ def boxes_of(
     """
     # In float32 the products are no tensor-core instructions, and need all registers as it is:
     # with descriptors the dQ kernel at D=128 spills 5,632 bytes a thread.
-    if not has_copy_engine(x.device) or x.dtype == torch.float32:
+    if not has_copy_engine(x.device) or x.dtype == torch.float32 or isinstance(order, Listed):
         return None, None
     boxes = []
     for t, columns in ((x, columns_x), (y, columns_y)):

@@ -25,7 +25,7 @@ def forward_kernel(
     q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
     lists, table, documents, q_position, k_position, scale,
     table_stride, kv_group, heads, launch_heads, work, parts, rows, num_queries, num_keys,
-    q_step, k_run, k_step, k_first,
+    q_step, q_first, k_run, k_step, k_first,
     RULE: tl.constexpr, C: tl.constexpr,
 ):  # fmt: skip
     """Attend: a program takes a tile of queries, or several of short documents, in turn."""
@@ -36,7 +36,7 @@ def forward_kernel(
         q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
         lists, table, documents, q_position, k_position, scale,
         table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
-        q_step, k_run, k_step, k_first,
+        q_step, q_first, k_run, k_step, k_first,
     )  # fmt: skip
     if C.TILES == SHORT:
         for n in range(item, tl.load(lists.count + batch), work):
@@ -56,7 +56,7 @@ def _attend_tile(item, head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
         q, k, v, k_boxes, v_boxes, out, lse_ptr, previous, part_ptr, part_lse_ptr,
         lists, table, documents, q_position, k_position, scale,
         table_stride, kv_group, heads, work, parts, rows, num_queries, num_keys,
-        q_step, k_run, k_step, k_first,
+        q_step, q_first, k_run, k_step, k_first,
     ) = given  # fmt: skip
     BLOCK_I: tl.constexpr = C.BLOCK_I
     BLOCK_J: tl.constexpr = C.BLOCK_J
@@ -64,7 +64,7 @@ def _attend_tile(item, head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
     BLOCK_DV: tl.constexpr = C.BLOCK_DV
     i, i_place, q_end, own, base, k_end, k_order, low, high, part = query_row(
         lists, item, head, batch, work, rows, documents, num_queries, num_keys,
-        q_step, k_run, k_step, k_first, C)  # fmt: skip
+        q_step, q_first, k_run, k_step, k_first, C)  # fmt: skip
     numbers = read_numbers(table + head * table_stride, RULE)
     kv_head = head // kv_group
     d, dv = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_DV)

@@ -77,7 +77,7 @@ def _with_first_tokens(call: Call) -> Call:
 
 def _chains(q: Tensor, k: Tensor, call: Call) -> list[tuple[Pass, ...]]:
     is_listed, packed = call.listed is not None, call.documents is not None
-    return chains_of(call.pattern, q.shape[1], k.shape[2], is_listed, packed)
+    return chains_of(call.pattern, q.shape[1], q.shape[2], k.shape[2], is_listed, packed)
 
 
 def _chained_dkv(chain: tuple[Pass, ...], q, k, v, call, dout, row_stats, dk, dv) -> None:
@@ -131,8 +131,8 @@ def launch_forward(pass_: Pass, q, k, v, call: Call, out, lse, previous: Tensor 
             chunks = setup.work.cuts * C.BLOCK_I // MERGED_ROWS
             merge_parts_kernel[(chunks * programs,)](
                 out, lse, previous, part_out, part_lse, launch.cut, launch.cuts,
-                setup.lists.head_of, q.shape[1], *_counts_of_parts(setup, q), 1, pass_.q_order.step,
-                0, C.Q_ORDER, C.BLOCK_I, C.DV, C.BLOCK_DV, MERGED_ROWS, MERGED_PARTS,
+                setup.lists.head_of, q.shape[1], *_counts_of_parts(setup, q), *setup.q_place,
+                C.Q_ORDER, C.BLOCK_I, C.DV, C.BLOCK_DV, MERGED_ROWS, MERGED_PARTS,
             )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def launch_dq(
             row_stats, dq, previous, part_dq, *_shared(launch, call, q, k), **setup.compiled,
         )  # fmt: skip
         if C.CUT:
-            order = 1, pass_.q_order.step, 0, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
+            order = *setup.q_place, C.Q_ORDER, C.BLOCK_I, C.D, C.BLOCK_D
             _sum_parts(launch, q, dq, previous, part_dq, *order)
 
 
@@ -160,7 +160,6 @@ def launch_dkv(
     """Gradients of keys and values, added to ``previous``, a pair."""
     dk, dv = view_of(dk), view_of(dv)
     previous_dk, previous_dv = map(view_of, previous or (None, None))
-    order = pass_.k_order
     for launch in _launches(pass_, "dkv", q, k, v, call):
         setup, C = launch.setup, launch.setup.constants
         boxes = _boxes(setup, pass_.q_order, C.BLOCK_I, q, C.BLOCK_D, dout, C.BLOCK_DV)
@@ -172,7 +171,7 @@ def launch_dkv(
             *_shared(launch, call, q, k), **setup.compiled,
         )  # fmt: skip
         if C.CUT:
-            place = order.run, order.step, order.first, C.K_ORDER, C.BLOCK_J
+            place = *setup.k_place, C.K_ORDER, C.BLOCK_J
             _sum_parts(launch, k, dk, previous_dk, part_dk, *place, C.D, C.BLOCK_D)
             _sum_parts(launch, k, dv, previous_dv, part_dv, *place, C.DV, C.BLOCK_DV)
 

@@ -2,15 +2,16 @@
 
 A stride or a dilation would touch nearly every tile of the sequence in its own order; among the
 tokens of one residue class it is dense. The summary columns of `fixed` are dense once they are
-gathered. So a pattern is split into alternatives, each is run in the order that suits it, and each
-excludes what the ones before it have shown: no key is counted twice.
+gathered, and so are the rows and columns of `global_at`. So a pattern is split into alternatives,
+each is run in the order that suits it, and each excludes what the ones before it have shown: no key
+is counted twice.
 """
 
 import functools
 from dataclasses import dataclass
 
-from kernels.patterns.algebra import And, Not, Pattern
-from kernels.patterns.order import SEQUENCE, Order
+from kernels.patterns.algebra import And, Not, Nothing, Pattern
+from kernels.patterns.order import SEQUENCE, Listed, Order
 from kernels.patterns.terms.full import Full
 
 
@@ -33,7 +34,12 @@ class Pass:
     @property
     def covers_keys(self) -> bool:
         """Whether every key is in the storage order, so that its gradient is written."""
-        return self.k_order.residues == self.k_order.step
+        return self.k_order.has_all
+
+    @property
+    def covers_queries(self) -> bool:
+        """Whether every query is in the storage order, so that its output is written."""
+        return self.q_order.has_all
 
 
 @functools.lru_cache(maxsize=512)
@@ -56,6 +62,20 @@ def chains(pattern: Pattern, heads: int, packed: bool = False) -> tuple[tuple[Pa
         tuple(_pass(part, tuple(own), order, packed) for part, order in parts)
         for parts, own in heads_of.items()
     )
+
+
+def completed(chain: tuple[Pass, ...], num_queries: int, num_keys: int) -> tuple[Pass, ...]:
+    """The passes of a chain that have tokens, the first and the last of which cover all queries.
+
+    The first one begins the results of every query, and the last one rounds them. Where there is
+    none, a pass that shows nothing does.
+    """
+    exist = [p for p in chain if p.q_order.longest(num_queries) and p.k_order.longest(num_keys)]
+    some = [pass_ for pass_ in exist if not pass_.covers_queries]
+    every = [pass_ for pass_ in exist if pass_.covers_queries]
+    missing = (2 if some else 1) - len(every)
+    every += [Pass(Nothing(), chain[0].heads)] * missing
+    return (every[0], *some, *every[1:])
 
 
 @functools.lru_cache(maxsize=512)
@@ -87,12 +107,15 @@ def _split_packed(pattern: Pattern) -> list[tuple[Pattern, tuple[Order, Order]]]
     """The same for rows of several documents.
 
     Residue classes are those of the row, which serve every document alike only as long as nothing
-    but distances counts. So these parts come first, and what counts positions excludes them.
+    but distances counts. So these parts come first, and what counts positions excludes them. A list
+    of tokens is another one in every document.
     """
     residues, own, gathered = [], [], []
     for part in pattern.alternatives:
-        if part.order[0].residues == 1:
-            (own if part.order == Pattern.order else gathered).append(part)
+        if part.order == Pattern.order or any(isinstance(x, Listed) for x in part.order):
+            own.append(part)
+        elif part.order[0].residues == 1:
+            gathered.append(part)
         else:
             (residues if part.knows_distance_only else own).append(part)
     if not residues and not gathered:

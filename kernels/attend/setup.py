@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from kernels.attend.call import Call
-from kernels.attend.passes import Pass, chains, in_one_pass
+from kernels.attend.passes import Pass, chains, completed, in_one_pass
 from kernels.attend.tuning import LONG as LONG_ROWS
 from kernels.attend.tuning import Config, config_for, forced_now
 from kernels.attend.visit import LONG, ROW, SHORT, Lists
@@ -22,10 +22,9 @@ from kernels.attend.work import (
     work_of,
 )
 from kernels.common.kept import kept
-from kernels.common.loads import GATHERED, PLAIN, RESIDUES
+from kernels.common.loads import GATHERED, LISTED, PLAIN, RESIDUES, TABLE_ENTRIES
 from kernels.patterns import Pattern
-from kernels.patterns.algebra import Nothing
-from kernels.patterns.order import SEQUENCE, Order
+from kernels.patterns.order import SEQUENCE, Listed, Order
 
 REGISTERS_OF_THREE = 168  # a thread, where three programs of four warps share an SM
 
@@ -81,6 +80,8 @@ class Setup:
         sharing: ``(key heads, SHARED)`` int32, the query heads of each key head, padded with -1;
             None if query head n has key head n.
         counts: what all three kernels take behind the scale.
+        q_place, k_place: ``(run, step, first)`` of the orders of queries and keys; of listed tokens
+            ``first`` is the table.
         compiled: keyword arguments that decide what is compiled.
         short: the setup for short documents, if this is that for long ones.
     """
@@ -91,7 +92,9 @@ class Setup:
     launch_heads: int
     sharing: Tensor | None
     table: Tensor
-    counts: tuple[int, ...]
+    counts: tuple[int | Tensor, ...]
+    q_place: tuple[int, int, int | Tensor]
+    k_place: tuple[int, int, int | Tensor]
     constants: Constants
     compiled: dict
     short: "Setup | None" = None
@@ -99,17 +102,16 @@ class Setup:
 
 @functools.lru_cache(maxsize=256)
 def chains_of(
-    pattern: Pattern, heads: int, num_keys: int, is_listed: bool, packed: bool = False
+    pattern: Pattern,
+    heads: int,
+    num_queries: int,
+    num_keys: int,
+    is_listed: bool,
+    packed: bool = False,
 ) -> list[tuple[Pass, ...]]:
-    """The chains of passes; a sequence may be too short to have any summary column.
-
-    Where that leaves a chain without passes, one that shows nothing writes its results.
-    """
+    """The chains of passes; a sequence may be too short to have any summary column."""
     split = in_one_pass(pattern, heads) if is_listed else chains(pattern, heads, packed)
-    return [
-        tuple(p for p in chain if p.k_order.longest(num_keys)) or (Pass(Nothing(), chain[0].heads),)
-        for chain in split
-    ]
+    return [completed(chain, num_queries, num_keys) for chain in split]
 
 
 def setup_of(pass_: Pass, direction: str, q: Tensor, k: Tensor, v: Tensor, call: Call) -> Setup:
@@ -179,10 +181,11 @@ def _make_setup(
     head_of = None if launched == everyone else _numbers(launched, device)
     is_short, short = isinstance(work, ShortWork), None
     order = SEQUENCE if is_short else pass_.k_order
+    q_place = _place(pass_.q_order, num_queries, device)
+    k_place = _place(order, num_keys, device)
     counts = (
         table.stride(0) if len(table) > 1 else 0, kv_group, heads, len(launched), len(work),
-        work.parts, work.rows, num_queries, num_keys, pass_.q_order.step,
-        order.run, order.step, order.first,
+        work.parts, work.rows, num_queries, num_keys, *q_place[1:], *k_place,
     )  # fmt: skip
     constants = Constants(
         Q_ORDER=_kind(pass_.q_order),
@@ -209,11 +212,29 @@ def _make_setup(
         rest = short_work(num_queries, *sides, work.short, device)
         short = _make_setup(pass_, direction, sizes, device, config, rest, length)
     return Setup(
-        config, work, lists, len(launched), sharing, table, counts, constants, compiled, short
+        config, work, lists, len(launched), sharing, table, counts, q_place, k_place, constants,
+        compiled, short,
     )  # fmt: skip
 
 
+def _place(order: Order, limit: int, device: torch.device) -> tuple[int, int, int | Tensor]:
+    """``(run, step, first)`` of an order, as kernels take it."""
+    is_listed = isinstance(order, Listed)
+    return order.run, order.step, _listed(order, limit, device) if is_listed else order.first
+
+
+@kept(maxsize=256)
+def _listed(order: Listed, limit: int, device: torch.device) -> Tensor:
+    """The listed tokens before a limit, filled up with the limit itself."""
+    count = order.longest(limit)
+    tokens = torch.full((triton.cdiv(count, TABLE_ENTRIES) * TABLE_ENTRIES,), limit)
+    tokens[:count] = torch.tensor(order.positions[:count])
+    return tokens.int().to(device)
+
+
 def _kind(order: Order) -> int:
+    if isinstance(order, Listed):
+        return LISTED.value
     if order.run > 1 or order.first:
         return GATHERED.value
     return (PLAIN if order.step == 1 else RESIDUES).value

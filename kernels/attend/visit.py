@@ -71,7 +71,7 @@ def work_item(items, item, head, work, PER_HEAD: tl.constexpr, CUT: tl.constexpr
 
 @triton.jit
 def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_keys,
-              q_step, k_run, k_step, k_first, C: tl.constexpr):  # fmt: skip
+              q_step, q_first, k_run, k_step, k_first, C: tl.constexpr):  # fmt: skip
     """What a program that owns a tile of queries does.
 
     Returns:
@@ -82,7 +82,7 @@ def query_row(lists, item, head, batch, work, rows, documents, num_queries, num_
     if C.TILES == ROW:
         row, low, high, part = work_item(lists.items, item, head, work, C.PER_HEAD, C.CUT)
         residue = row // rows
-        q_order, k_order = (residue, 1, q_step, 0), (residue, k_run, k_step, k_first)
+        q_order, k_order = (residue, 1, q_step, q_first), (residue, k_run, k_step, k_first)
         i = token_of(row % rows * C.BLOCK_I + tl.arange(0, C.BLOCK_I), q_order, C.Q_ORDER)
         own = own_documents(documents, i, num_queries)
         low, high = narrowed(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from kernels.attend.passes import Pass
 from kernels.common.kept import kept
+from kernels.patterns.order import Listed
 from kernels.patterns.rule_tree import Rule, rule_of, table_of
 from kernels.patterns.tiles import TileList, list_tiles
 
@@ -104,17 +105,21 @@ class ListedWork:
         )  # fmt: skip
 
 
-def make_work(tiles: TileList) -> Work:
+def make_work(tiles: TileList, few_rows: bool = False) -> Work:
     """Cut rows with many tiles into parts, longest rows first.
 
     How many rows are cut is known to the device alone. So there is room for as many items and parts
     as there can be, and programs without a row of their own write to a part that nobody reads.
+
+    Args:
+        few_rows: too few to fill a card: long ones are cut though all be alike.
     """
     total, heads = tiles.shape[0], tiles.heads
     start = tiles.offsets[:-1].view(heads, total).long()
     count = tiles.offsets.diff().view(heads, total)
     longest = count.amax(dim=0)
-    most = max(PART_TILES, PART_ROWS * (len(tiles) // (total * heads) + 1))
+    mean = 0 if few_rows else len(tiles) // (total * heads)
+    most = max(PART_TILES, PART_ROWS * (mean + 1))
     # Parts behind the first one of a row: each but the last of a row has `most` tiles.
     extra = min(len(tiles) // most, total * ((tiles.shape[1] - 1) // most))
     most_cuts = min(total, extra)
@@ -271,7 +276,8 @@ def work_of(
     tiles = tiles.inverse() if inverse else tiles
     if pass_.by_document:
         return make_document_work(tiles, num_queries).to(device)
-    return make_work(tiles).trimmed().to(device)
+    own = pass_.k_order if inverse else pass_.q_order
+    return make_work(tiles, few_rows=isinstance(own, Listed)).trimmed().to(device)
 
 
 def _moved(work, device: torch.device, *names: str):

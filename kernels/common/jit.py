@@ -15,8 +15,8 @@ import triton
 # named tuple, whatever is said here: a count must be an argument of its own.)
 _COUNTS = [
     "kv_group", "table_stride", "heads", "launch_heads", "work", "parts", "rows", "num_queries",
-    "num_keys", "q_step", "k_run", "k_step", "k_first", "tokens", "length", "run", "step", "first",
-    "bits", "least", "most", "long_room", "short_room", "room",
+    "num_keys", "q_step", "q_first", "k_run", "k_step", "k_first", "tokens", "length", "run",
+    "step", "first", "bits", "least", "most", "long_room", "short_room", "room",
 ]  # fmt: skip
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 PLAIN = tl.constexpr(0)  # index n is token n
 RESIDUES = tl.constexpr(1)  # residue r holds tokens r, r + step, r + 2 step ...
 GATHERED = tl.constexpr(2)  # runs of `run` tokens, one every `step` tokens, from `first` on
+LISTED = tl.constexpr(3)  # tokens of a table at `first`, filled up with one beyond the limit
+TABLE_ENTRIES = 128  # tables have whole multiples: the longest tile may begin at any of its own
 
 
 class View(NamedTuple):
@@ -35,6 +37,8 @@ def token_of(index, order, ORDER: tl.constexpr):
         return index * step + residue
     elif ORDER == GATHERED:
         return index // run * step + first + index % run
+    elif ORDER == LISTED:
+        return tl.load(first + index)
     else:
         return index
 

@@ -83,8 +83,7 @@ class Box:
     @property
     def spacing(self) -> int | None:
         """The distance of neighbours, if queries and keys are one evenly spaced set; else None."""
-        same = self.q_order == self.k_order and self.q_order.run == 1
-        return self.q_order.step if same else None
+        return self.q_order.spacing if self.q_order == self.k_order else None
 
     @property
     def distance(self) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,18 @@
 """Storage orders: in which order a pass over a pattern takes the tokens, which stay where they are.
 
 Each term says in which order it is dense (`Pattern.order`): `strided` and `dilated` among the
-tokens of a residue class, `summary` (and so `fixed`) among the gathered summary cells, and all
-others in the sequence itself. `kernels/attend/passes.py` cuts a pattern accordingly.
+tokens of a residue class, `summary` (and so `fixed`) among the gathered summary cells, `global_at`
+among its listed tokens, and all others in the sequence itself. `kernels/attend/passes.py` cuts a
+pattern accordingly.
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from kernels.common.kept import kept
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,16 @@ class Order:
     step: int = 1
     first: int = 0
     residues: int = 1
+
+    @property
+    def has_all(self) -> bool:
+        """Whether every token of the sequence is in it."""
+        return self.residues == self.step
+
+    @property
+    def spacing(self) -> int | None:
+        """The distance of neighbours, if it is the same everywhere; else None."""
+        return self.step if self.run == 1 else None
 
     def position(self, residue: Tensor | int, index: Tensor) -> Tensor:
         """The position in the sequence."""
@@ -41,7 +55,33 @@ class Order:
         return int(self.count(0, length))
 
 
+@dataclass(frozen=True)
+class Listed(Order):
+    """Some tokens, gathered: the one with index ``n`` stands at ``positions[n]``, ascending."""
+
+    positions: tuple[int, ...] = ()
+
+    has_all = False
+    spacing = None
+
+    def position(self, residue: Tensor | int, index: Tensor) -> Tensor:
+        """The position in the sequence; past the last index one that no sequence has."""
+        table = _tensor(self.positions, index.device)
+        return table[index.clamp(max=len(self.positions))]
+
+    def count(self, residue: Tensor | int, length: int) -> Tensor:
+        """How many tokens stand before position ``length``."""
+        before = bisect_left(self.positions, length)
+        return torch.full_like(torch.as_tensor(residue), before, dtype=torch.int64)
+
+
+@kept(maxsize=64)
+def _tensor(positions: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor([*positions, _BEYOND], device=device)
+
+
 SEQUENCE = Order()
+_BEYOND = 2**40  # a position that no sequence has
 MOST_RESIDUES = 2**16  # a class of more would have too few tokens to fill a tile
 
 

@@ -1,5 +1,7 @@
 """``global_at(0, 17, 400)``: the tokens at these positions see all and are seen by all."""
 
+import functools
+import math
 from dataclasses import dataclass
 
 import torch
@@ -8,16 +10,19 @@ from torch import Tensor
 
 from kernels.common.interpreter import device_function
 from kernels.common.kept import kept
-from kernels.patterns.algebra import Pattern
+from kernels.patterns.algebra import Not, Pattern
+from kernels.patterns.order import SEQUENCE, Listed
 from kernels.patterns.parsing import at_least, constructor
+
+_TILE = 64  # tokens of a tile that kernels choose most often
 
 
 @constructor
 def global_at(*positions: int) -> Pattern:
     """Visible when ``i`` or ``j`` is one of ``positions``: global tokens anywhere in the sequence.
 
-    Every tile that such a token's row or column meets is visited: where they are many and apart,
-    leading ones (`global_tokens`) cost less.
+    Kernels gather them, so that they cost what as many neighbours do, however far apart they stand;
+    beside other documents in a row, every tile is visited that a token's row or column meets.
 
     Raises:
         ValueError: if there is no position, or one is negative.
@@ -33,21 +38,15 @@ def global_at(*positions: int) -> Pattern:
 
 
 @dataclass(frozen=True, repr=False)
-class GlobalAt(Pattern):
+class _At(Pattern):
+    """Tokens at some positions, and what a rule needs to know them."""
+
     positions: tuple[int, ...]
 
     has_table = True
 
-    def _visible(self, i, j, head, length):
-        return self._has(i) | self._has(j)
-
     def _has(self, position: Tensor) -> Tensor:
         return self._before(position + 1) > self._before(position)
-
-    def _known(self, box):
-        i_some, i_every = self._among(box.i_low, box.i_high)
-        j_some, j_every = self._among(box.j_low, box.j_high)
-        return box.exact(i_some | j_some, i_every | j_every, when=box.contiguous)
 
     def _among(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """Whether some position of a range is global, and whether every one is."""
@@ -64,16 +63,88 @@ class GlobalAt(Pattern):
         words = torch.zeros(self.positions[-1] // 32 + 1, dtype=torch.int64)
         return words.index_add_(0, position // 32, 1 << position % 32)
 
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(map(str, self.positions))})"
+
+
+@device_function
+def _is_at(position, numbers):
+    """Whether the table has the bit of each position."""
+    size, words = numbers
+    inside = (position >= 0) & (position // 32 < size)
+    word = tl.load(words + position // 32, mask=inside, other=0)
+    return ((word >> (position % 32)) & 1) != 0
+
+
+class GlobalKeys(_At):
+    """The columns of `global_at`: visible when the key is one of the positions."""
+
+    name = "global_keys"
+
+    @functools.cached_property
+    def order(self):
+        return SEQUENCE, Listed(positions=self.positions)
+
+    def _visible(self, i, j, head, length):
+        return self._has(j).expand_as(i + j)
+
+    def _known(self, box):
+        if box.k_order == self.order[1]:
+            return box.constant(True)
+        return box.exact(*self._among(box.j_low, box.j_high), when=box.k_order == SEQUENCE)
+
     @staticmethod
     @device_function
     def rule(i, j, numbers):
-        size, words = numbers
-        i_word = tl.load(words + i // 32, mask=(i >= 0) & (i // 32 < size), other=0)
-        j_word = tl.load(words + j // 32, mask=(j >= 0) & (j // 32 < size), other=0)
-        return (((i_word >> (i % 32)) & 1) | ((j_word >> (j % 32)) & 1)) != 0
+        return (i == i) & _is_at(j, numbers)
 
-    def __repr__(self) -> str:
-        return f"global_at({', '.join(map(str, self.positions))})"
+
+class GlobalQueries(_At):
+    """The rows of `global_at`: visible when the query is one of the positions."""
+
+    name = "global_queries"
+
+    @functools.cached_property
+    def order(self):
+        return Listed(positions=self.positions), SEQUENCE
+
+    def _visible(self, i, j, head, length):
+        return self._has(i).expand_as(i + j)
+
+    def _known(self, box):
+        if box.q_order == self.order[0]:
+            return box.constant(True)
+        return box.exact(*self._among(box.i_low, box.i_high), when=box.q_order == SEQUENCE)
+
+    @staticmethod
+    @device_function
+    def rule(i, j, numbers):
+        return (j == j) & _is_at(i, numbers)
+
+
+class GlobalAt(_At):
+    name = "global_at"
+
+    @property
+    def alternatives(self):
+        tiles = {position // _TILE for position in self.positions}
+        if len(tiles) == math.ceil(len(self.positions) / _TILE):
+            return (self,)  # neighbours are dense as they stand
+        columns, rows = GlobalKeys(self.positions), GlobalQueries(self.positions)
+        return columns, rows & Not(columns)
+
+    def _visible(self, i, j, head, length):
+        return self._has(i) | self._has(j)
+
+    def _known(self, box):
+        i_some, i_every = self._among(box.i_low, box.i_high)
+        j_some, j_every = self._among(box.j_low, box.j_high)
+        return box.exact(i_some | j_some, i_every | j_every, when=box.contiguous)
+
+    @staticmethod
+    @device_function
+    def rule(i, j, numbers):
+        return _is_at(i, numbers) | _is_at(j, numbers)
 
 
 @kept(maxsize=64)

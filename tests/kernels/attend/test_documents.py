@@ -114,7 +114,7 @@ def test_every_token_has_one_program_whatever_the_documents(small_tiles, kernel_
         starts = documents.first_tokens_of(numbers)
         q = torch.zeros(2, 1, 300, 16, device=kernel_device)
         call = setup.Call(full(), 1.0, torch.float32, numbers)
-        (chain,) = setup.chains_of(full(), 1, 300, False, True)
+        (chain,) = setup.chains_of(full(), 1, 300, 300, False, True)
         made = setup.setup_of(chain[0], "forward", q, q, q, call)
         plan = documents.plan_of(made, chain[0], starts, own_keys=False)
         taken = torch.zeros(2, 300, dtype=torch.int32)

@@ -63,6 +63,9 @@ PATTERNS = {
     "video": near3d(3, 7, 9, 1) | tiles3d(3, 7, 9, 3, 0),
     "block-diffusion": block_diffusion(12, 90),
     "global-at": causal() & (window(9) | global_at(3, 31, 40, 130)),
+    "global-at-bidirectional": window(9, 9) | global_at(3, 31, 40, 130),
+    "global-at-alone": global_at(*range(0, 300, 7)),  # nothing covers all queries at the end
+    "global-at-in-some-heads": causal() & per_head(window(9), strided(7) | global_at(0, 12, 99)),
     "heads-differ-in-number": causal() & per_head(window(5), window(90)),
     "heads-differ-in-kind": causal() & per_head(window(5), dilated(6, 4), strided(9), fixed(16, 4)),
 }
@@ -78,7 +81,11 @@ def assert_exact(pattern, q, k, v, mask=None, **options):
     )
 
 
-MOVED = [name for name in PATTERNS if name.startswith(("strided", "dilated", "fixed", "summary"))]
+MOVED = [
+    name
+    for name in PATTERNS
+    if name.startswith(("strided", "dilated", "fixed", "summary", "global"))
+]
 
 
 # 288 tokens are whole blocks of every stride: there tiles of 16 bits come through descriptors.
@@ -148,6 +155,7 @@ def test_any_shape(name, batch, heads, length, sizes):
         PATTERNS["longformer-bidirectional"],
         causal() & (window(70) | strided(3)),
         causal() & fixed(100, 20),
+        window(5, 5) | global_at(*range(0, 300, 11)),
     ],
 )
 def test_long_rows_and_columns_are_cut_into_parts_and_merged(pattern, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from kernels.attend.passes import chains
 from kernels.patterns import (
     block_diffusion,
     blocks,
@@ -26,7 +27,7 @@ from kernels.patterns import (
     window,
 )
 from kernels.patterns.algebra import Not
-from kernels.patterns.order import Order
+from kernels.patterns.order import Listed, Order
 from kernels.patterns.tiles import TileList, list_tiles
 from tests.kernels.patterns.test_patterns import patterns
 
@@ -111,6 +112,9 @@ ORDERS = st.one_of(
         lambda t: (Order(), Order(run=t[0], step=t[0] + t[1], first=t[1]))
     ),
     st.integers(2, 5).map(lambda step: (Order(step=step, residues=step), Order())),
+    st.tuples(st.integers(0, 11), st.sets(st.integers(0, 99)), st.booleans()).map(
+        lambda t: (Order(), Listed(positions=tuple(sorted({t[0], *t[1]}))))[:: 1 if t[2] else -1]
+    ),
 )
 
 
@@ -254,6 +258,27 @@ def test_a_slot_stands_where_the_order_says():
     assert positions(Order(step=3, residues=3), 7).tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 8]]
     assert positions(Order(run=2, step=5, first=3), 14).tolist() == [[3, 4, 8, 9, 13]]
     assert Order(run=2, step=5, first=3).longest(3) == 0
+    assert positions(Listed(positions=(1, 4, 9)), 9).tolist() == [[1, 4]]
+    assert Listed(positions=(3, 5)).longest(3) == 0
+
+
+@pytest.mark.parametrize("around", [causal(), full()])
+def test_scattered_global_tokens_cost_what_neighbours_do(around):
+    length, scattered = 8192, global_at(*range(100, 8192, 506))
+    pattern, local = around & (window(64, 64) | scattered), around & window(64, 64)
+    (chain,) = chains(pattern, 1)
+    gathered = sum(
+        len(list_tiles(part.pattern, part.q_order, part.k_order, length, length, (64, 64)))
+        for part in chain
+    )
+    assert gathered <= len(local.tiles(length, 64)) + 128 + 128  # a column and a row of tiles
+    assert gathered < len(pattern.tiles(length, 64)) / 4
+
+
+@pytest.mark.parametrize(("positions", "passes"), [(range(64), 1), (range(65), 1), ([0, 64], 3)])
+def test_global_tokens_are_gathered_where_that_spares_tiles(positions, passes):
+    (chain,) = chains(window(9, 9) | global_at(*positions), 1)
+    assert len(chain) == passes
 
 
 @pytest.mark.parametrize(
