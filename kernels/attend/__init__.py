@@ -1,5 +1,7 @@
 """Attention over the visible cells of a pattern: the one operation under every family."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -40,8 +42,9 @@ def attend(
         v: values ``(B, Hkv, Lk, Dv)``.
         pattern: which keys are visible; evaluated per query head.
         scale: factor of the scores, default ``1 / sqrt(D)``.
-        documents: ``(B, L)`` non-decreasing integers, with ``Lq == Lk == L``: tokens of different
-            documents do not see each other, and positions count from the start of each document.
+        documents: ``(B, L)`` integers, with ``Lq == Lk == L``; neighbours with one number are of
+            one document. Tokens of different documents do not see each other, and positions count
+            from the start of each document.
         q_position: integers that broadcast to ``(B, Hq, Lq)``, default 0, 1, 2 ...: what the
             pattern is evaluated at. A token at a negative position sees nothing.
         k_position: integers that broadcast to ``(B, Hkv, Lk)``, default 0, 1, 2 ...; a token at a
@@ -75,8 +78,12 @@ def attend(
     _check_inputs(q, k, v)
     _check_positions(q, k, documents, q_position, k_position, tiles)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    if not scale > 0:
-        raise ValueError(f"scale must be positive, got {scale}; change the sign of q instead.")
+    if not 0 < scale < math.inf:
+        raise ValueError(
+            f"scale must be positive and finite, got {scale}; change the sign of q instead."
+        )
+    if out_dtype is not None and out_dtype not in DTYPES:
+        raise ValueError(f"out_dtype must be one of {DTYPES} or None, got {out_dtype!r}.")
     call = Call(
         pattern, scale, out_dtype or q.dtype, documents, q_position, k_position, tiles
     )  # fmt: skip
@@ -139,6 +146,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"q, k and v must be (B, H, L, D), got {shapes}.")
     if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"batch, key heads, key length and D must agree, got {shapes}.")
+    if max(q.shape[2], k.shape[2]) >= 2**31:
+        raise ValueError(f"a sequence must have fewer than 2**31 tokens, got {shapes}.")
     if min(q.shape) < 1 or min(k.shape) < 1 or min(v.shape) < 1:
         raise ValueError(f"no dimension may be empty, got {shapes}.")
     if q.shape[1] % k.shape[1]:
@@ -170,6 +179,17 @@ def _check_kernel_takes(q: Tensor, v: Tensor, tiles: TileList | None) -> None:
 
 
 def _check_positions(q, k, documents, q_position, k_position, tiles) -> None:
+    integers = {"documents": documents, "q_position": q_position, "k_position": k_position}
+    for name, x in integers.items():
+        if x is None:
+            continue
+        if not isinstance(x, Tensor) or x.is_floating_point() or x.is_complex():
+            what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise ValueError(f"{name} must be a tensor of integers, got {what}.")
+        if x.device != q.device:
+            raise ValueError(f"{name} must be on the device of q, {q.device}, got {x.device}.")
+    if tiles is not None and not isinstance(tiles, TileList):
+        raise ValueError(f"tiles must be a TileList, got {type(tiles).__name__}.")
     B, heads, num_queries = q.shape[:3]
     num_keys = k.shape[2]
     if documents is not None and (documents.shape != (B, num_queries) or num_queries != num_keys):

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.attend.visit import (
+    LONG,
     ROW,
     SHORT,
     document_entries,
@@ -255,10 +256,14 @@ def _dkv_tile(item, kv_head, batch, given, RULE: tl.constexpr, C: tl.constexpr):
             score = tl.dot(k_tile, tl.trans(q_tile), input_precision="ieee")  # (j, i)
             weight = tl.exp2(score * (scale * LOG2_E) - lse2[None, :])
             whole = is_whole(tile, documents, own, i, q_end, C.TILES)
+            if C.TILES == LONG:  # what a tile holds of the next document
+                whole = whole & (index + BLOCK_I <= q_end - base)
             if whole == 0:
                 seen = seen_cells(
                     j_position, k_position, q_position, batch, head, numbers, documents, own,
                     starts, i, place, q_end, RULE, True, C.TILES)  # fmt: skip
+                if C.TILES == LONG:
+                    seen = seen & (place < q_end - base)[None, :]
                 weight = tl.where(seen, weight, 0.0)
             dweight = tl.dot(v_tile, tl.trans(dout_tile), input_precision="ieee")
             dv_acc = tl.dot(weight.to(dout_tile.dtype), dout_tile, dv_acc, input_precision="ieee")

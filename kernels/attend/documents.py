@@ -48,11 +48,9 @@ class Plan:
 def first_tokens_of(documents: Tensor) -> Tensor:
     """`kernels.common.documents.first_tokens` in one launch."""
     B, L = documents.shape
-    first = documents.new_empty((B, L), dtype=torch.int32)
-    first_tokens_kernel[(B * triton.cdiv(L, _LANES),)](
-        documents, first, L, L.bit_length(), LANES=_LANES
-    )
-    return first
+    starts = documents.new_empty((B, L), dtype=torch.int32)
+    first_tokens_kernel[(B,)](documents, starts, L, LANES=1024)
+    return starts
 
 
 def plan_of(setup: Setup, pass_: Pass, starts: Tensor, own_keys: bool) -> Plan:
@@ -74,7 +72,7 @@ def plan_of(setup: Setup, pass_: Pass, starts: Tensor, own_keys: bool) -> Plan:
     order = pass_.k_order if own_keys else pass_.q_order
     plan_kernel[(B,)](
         starts, long, short, count, cut, cuts, work.longest, L, L.bit_length(), work.short,
-        work.most, work.room, setup.short.work.room, work.parts // 2,
+        work.most, len(work), setup.short.work.room, work.parts // 2,
         order.run, order.step, order.first,
         ORDER=C.K_ORDER if own_keys else C.Q_ORDER, OWN=own, OTHER=other,
         CAUSAL=pass_.pattern.is_causal, OWN_KEYS=own_keys, LANES=_LANES,
@@ -83,21 +81,30 @@ def plan_of(setup: Setup, pass_: Pass, starts: Tensor, own_keys: bool) -> Plan:
 
 
 @kernel
-def first_tokens_kernel(documents, starts, length, bits, LANES: tl.constexpr):
-    """Where the document of each token begins: a binary search for each."""
-    chunks = tl.cdiv(length, LANES)
-    base = (tl.program_id(0) // chunks).to(tl.int64) * length
-    token = tl.program_id(0) % chunks * LANES + tl.arange(0, LANES)
-    documents += base
-    own = tl.load(documents + token, mask=token < length, other=0)
-    begin = _first_at_least(documents, own, length, bits)
-    tl.store(starts + base + token, begin, mask=token < length)
+def first_tokens_kernel(documents, starts, length, LANES: tl.constexpr):
+    """Where the document of each token of a row begins: where the number last changed."""
+    row = tl.program_id(0).to(tl.int64) * length
+    begin = 0
+    for chunk in range(0, length, LANES):
+        token = chunk + tl.arange(0, LANES)
+        exists = token < length
+        number = tl.load(documents + row + token, mask=exists, other=0)
+        before = tl.load(documents + row + token - 1, mask=exists & (token > 0), other=0)
+        changed = tl.where((number != before) & exists, token, 0)
+        begins = tl.maximum(tl.associative_scan(changed, 0, _larger), begin)
+        tl.store(starts + row + token, begins, mask=exists)
+        begin = tl.max(begins, axis=0)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
 
 
 @kernel
 def plan_kernel(
     starts, long, short, count, cut, cuts, longest, length, bits, least, most, long_room,
-    short_room, room, run, step, first,
+    short_room, cut_room, run, step, first,
     ORDER: tl.constexpr, OWN: tl.constexpr, OTHER: tl.constexpr, CAUSAL: tl.constexpr,
     OWN_KEYS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
@@ -142,7 +149,9 @@ def plan_kernel(
             pieces = tl.where(is_cut, parts, 0)
             part = tl.where(is_cut, used_parts + tl.cumsum(pieces, axis=0) - pieces, -1)
             number = used_cuts + tl.cumsum(is_cut.to(tl.int32), axis=0) - 1
-            _store_numbers(cut + (batch * room + number) * 5, is_cut, begin, end, row, part, parts)
+            _store_numbers(
+                cut + (batch * cut_room + number) * 5, is_cut, begin, end, row, part, parts
+            )
             used_cuts += tl.sum(is_cut.to(tl.int32), axis=0)
             used_parts += tl.sum(pieces, axis=0)
         for n in range(0, tl.max(parts, axis=0)):

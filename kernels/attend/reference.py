@@ -98,15 +98,18 @@ def _scores(q: Tensor, k: Tensor, visible: Tensor, scale: float) -> Tensor:
 def _chunks(call: Call, q: Tensor, k: Tensor) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """What is visible, chunk of queries by chunk; keys have as many heads as queries here.
 
+    In here a document is known by its first token.
+
     Yields ``rows``, ``columns (H | 1, K)`` and ``visible (B | 1, H | 1, rows, K)``: no key outside
     of ``columns`` is visible to any of the rows.
     """
     heads, num_queries, num_keys, device = q.shape[1], q.shape[2], k.shape[2], q.device
     starts = range(0, num_queries, CHUNK[device.type])
     rows = [slice(start, min(start + CHUNK[device.type], num_queries)) for start in starts]
-    documents = call.documents
-    if documents is not None and bool((documents[:, 0] == documents[:, -1]).all()):
-        call = call._replace(documents=None)  # one in each row
+    if call.documents is not None:
+        starts = first_tokens(call.documents)
+        several = bool(starts.any())
+        call = call._replace(documents=starts if several else None)
     given = call.documents, call.q_position, call.k_position, call.tiles
     if all(x is None for x in given):
         size = CHUNK[device.type]
@@ -154,15 +157,13 @@ def _visibility(
     if k_position is not None and k_position.shape[1] > 1:  # one for each query head
         k_position = k_position.repeat_interleave(heads // k_position.shape[1], dim=1)
     head = torch.arange(heads)[None, :, None, None] if pattern.differs_by_head else 0
-    if documents is not None:
-        start = first_tokens(documents)
 
     def visible(rows: slice, columns: Tensor) -> Tensor:
         storage_i = torch.arange(rows.start, rows.stop, device=device)[None, None, :, None]
         storage_j = columns[None, :, None, :]
         i, j = storage_i, storage_j
         if documents is not None:
-            own, others = start[:, None, rows, None], start[:, columns][:, :, None]
+            own, others = documents[:, None, rows, None], documents[:, columns][:, :, None]
             i, j = storage_i - own, storage_j - others
         i = i if call.q_position is None else call.q_position[:, :, rows, None]
         j = j if k_position is None else k_position[:, :, columns[0]][:, :, None]

@@ -181,10 +181,7 @@ class DocumentWork:
         """Programs of one batch and head."""
         return self.programs
 
-    @property
-    def room(self) -> int:
-        """Items that there is room for, one for each program."""
-        return self.programs
+    room = property(__len__)  # one item for each program
 
     @property
     def cuts(self) -> int:
@@ -209,7 +206,7 @@ class ShortWork:
 
     Args:
         entries: the first tiles, none of them whole: a list for every row.
-        programs: half of the most items: often there are few or none.
+        programs: half as many as there may be items, since often there are few or none.
         room: most items of a row, its tiles.
     """
 

@@ -17,7 +17,7 @@ def first_tokens(documents: Tensor) -> Tensor:
     """The number in its row of the first token of each token's document, ``(B, L)`` int32.
 
     Args:
-        documents: ``(B, L)`` non-decreasing integers.
+        documents: ``(B, L)`` integers; neighbours with one number are of one document.
     """
     begins = torch.nn.functional.pad(documents.diff(dim=1) != 0, (1, 0), value=True)
     number = torch.arange(documents.shape[1], dtype=torch.int32, device=documents.device)

@@ -16,7 +16,7 @@ import triton
 _COUNTS = [
     "kv_group", "table_stride", "heads", "launch_heads", "work", "parts", "rows", "num_queries",
     "num_keys", "q_step", "q_first", "k_run", "k_step", "k_first", "tokens", "length", "run",
-    "step", "first", "bits", "least", "most", "long_room", "short_room", "room",
+    "step", "first", "bits", "least", "most", "long_room", "short_room", "cut_room", "room",
 ]  # fmt: skip
 
 

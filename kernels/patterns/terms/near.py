@@ -8,10 +8,11 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.common.interpreter import device_function
-from kernels.patterns.algebra import LARGEST, Pattern
+from kernels.patterns.algebra import Pattern
 from kernels.patterns.parsing import at_least, constructor
 
 Sizes = int | tuple[int, ...]  # of every axis, or of each
+_LARGEST = 2**28  # tokens of a picture: its table takes 8 bytes for each
 
 
 @constructor
@@ -28,7 +29,7 @@ def near2d(rows: int, columns: int, radius: Sizes, channels: int = 1) -> Pattern
         channels: tokens of a pixel.
 
     Raises:
-        ValueError: if a size is out of range, or the picture has 2**31 tokens or more.
+        ValueError: if a size is out of range, or the picture has more than 2**28 tokens.
 
     Source:
         Neighborhood Attention Transformer, Hassani et al. 2023, arXiv:2204.07143, section 3; its
@@ -53,7 +54,7 @@ def tiles2d(rows: int, columns: int, tile: Sizes, radius: Sizes, channels: int =
     channels=tokens of a tile)``.
 
     Raises:
-        ValueError: if a size is out of range, or the picture has 2**31 tokens or more.
+        ValueError: if a size is out of range, or the picture has more than 2**28 tokens.
 
     Source:
         Sliding tile attention, Zhang et al. 2025, arXiv:2502.04507, section 3.
@@ -70,18 +71,20 @@ def tiles3d(
 
 
 def _near(term: str, shape: tuple[int, ...], tile: Sizes, radius: Sizes, channels: int) -> Pattern:
-    given = f"{term}({', '.join(map(str, shape))}, tile={tile}, radius={radius}, {channels=})"
+    sizes = *shape, *([tile] if term.startswith("tiles") else []), radius
+    given = f"{term}({', '.join(map(repr, sizes))}, {channels=})"
     tile, radius = (x if isinstance(x, tuple) else (x,) * len(shape) for x in (tile, radius))
     if not len(tile) == len(radius) == len(shape):
         raise ValueError(f"a size must be one number or one for each axis, got {given}.")
-    for size, side, reach in zip(shape, tile, radius, strict=True):
-        at_least(1, given, size=size, tile=side, channels=channels)
+    axes = ("frames", "rows", "columns")[-len(shape) :]
+    for axis, size, side, reach in zip(axes, shape, tile, radius, strict=True):
+        at_least(1, given, **{axis: size}, tile=side, channels=channels)
         at_least(0, given, radius=reach)
     near = Near(shape, tile, radius, channels)
-    if near.end > LARGEST or near.bits > 31:
+    if near.end > _LARGEST or near.bits > 31:
         raise ValueError(
-            f"a picture must have fewer than 2**31 tokens, and numbers of its tiles on all axes "
-            f"that fit in one word, got {given}."
+            f"a picture must have at most 2**28 tokens, and numbers of its tiles on all axes that "
+            f"fit in one word, got {given}."
         )
     return near
 

@@ -106,6 +106,40 @@ def test_half_precision_takes_the_copy_engine_where_documents_begin_anywhere(
         assert_exact(PATTERNS[name], [[141], [77, 64]], "fused", kernel_device, torch.float16)
 
 
+@pytest.mark.parametrize("name", ["dense", "dense-bidirectional", "window"])
+@pytest.mark.parametrize("large", ["v", "k"])
+def test_large_numbers_of_the_next_document_make_no_nan(name, large, small_tiles, kernel_device):
+    """Products of one document's numbers and the next one's overflow."""
+    sizes = {"B": 1, "L": 96, "Hq": 1, "Hkv": 1, "D": 16, "Dv": 16}
+    q, k, v = inputs(**sizes, dtype=torch.bfloat16, device=kernel_device)
+    given = {"q": q, "k": k, "v": v, "dout": torch.randn_like(v)}
+    other = {"v": "dout", "k": "q"}[large]
+    given[large][:, :, :41] *= 1e20
+    given[large][:, :, 41:] *= 1e-20
+    given[other][:, :, :41] *= 1e-20
+    given[other][:, :, 41:] *= 1e20
+    leaves = [given[x].requires_grad_() for x in "qkv"]
+    numbers = numbered([[41, 55]], kernel_device)
+    out, _ = attend(*leaves, PATTERNS[name], documents=numbers, implementation="fused")
+    for gradient in torch.autograd.grad(out, leaves, given["dout"]):
+        assert not gradient.isnan().any()
+
+
+@pytest.mark.parametrize("implementation", ["reference", "fused"])
+def test_any_change_of_the_number_begins_a_document(implementation, kernel_device):
+    q, k, v = inputs(B=1, L=60, Hq=2, Hkv=1, D=16, Dv=16, device=kernel_device)
+    lengths = [25, 20, 15]
+    numbers = torch.tensor([7, 9, 0]).repeat_interleave(torch.tensor(lengths))  # padding is 0
+    given = {"documents": numbers[None].to(kernel_device), "implementation": implementation}
+    mask = mask_of(PATTERNS["longformer"], [lengths], 2, kernel_device)
+    assert_as_exact_as_torch(
+        lambda *x: attend(*x, PATTERNS["longformer"], **given),
+        lambda *x: dense_attention(*x, mask),
+        [q, k, v],
+        cotangents(q, v),
+    )
+
+
 def test_every_token_has_one_program_whatever_the_documents(small_tiles, kernel_device):
     generator = torch.Generator().manual_seed(0)
     for _ in range(20):

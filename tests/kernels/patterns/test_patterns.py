@@ -375,7 +375,7 @@ def test_text_that_is_no_pattern_is_refused_in_a_sentence(text):
         (lambda: blocks("", block=1), "0 rows"),
         (lambda: blocks("xo/ox", block=1), "'o'"),
         (lambda: per_head(), "got none"),
-        (lambda: near2d(0, 4, 1), r"size must be .* near2d\(0, 4"),
+        (lambda: near2d(0, 4, 1), r"columns must be .* near2d\(0, 4"),
         (lambda: near2d(4, 4, -1), "radius=-1"),
         (lambda: near2d(4, 4, (1, 2, 3)), r"for each axis, .* radius=\(1, 2, 3\)"),
         (lambda: near3d(2, 4, 4, 1, channels=0), "channels=0"),
