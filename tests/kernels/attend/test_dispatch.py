@@ -68,7 +68,7 @@ def test_what_cannot_run_is_refused_in_a_sentence():
 @pytest.mark.parametrize("scale", [0.0, -1.0])
 def test_a_scale_that_is_not_positive_is_refused(scale):
     q, k, v = inputs(L=8)
-    with pytest.raises(ValueError, match=f"must be positive, got {scale}"):
+    with pytest.raises(ValueError, match=f"must be positive and finite, got {scale}"):
         attend(q, k, v, causal(), scale=scale)
 
 
