@@ -12,12 +12,17 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 
 from evaluation.measures import bits_per_byte
 from tests.support.tiny import LENGTH, TinyData, fit, rows, tiny_task
 from training import schedules
+from training.callbacks.averaging import EMAWeightAveraging
+from training.callbacks.checkpoints import Checkpoints
+from training.callbacks.interruption import Interruption
+from training.callbacks.progress_bar import ProgressBar
+from training.callbacks.throughput import Throughput
 from training.optim import optimizers
+from training.optim.muon import BatchedMuon
 
 ROOT = Path(__file__).parents[2]
 
@@ -137,6 +142,125 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(tmp_
     assert not torch.equal(skipped["model.head.weight"], after["model.head.weight"])
     assert list(recorder.curve("train/skipped_steps").values()) == [0, 0, 1, 1, 1, 1]
     assert math.isnan(recorder.curve("train/gradient_norm")[3])
+
+
+def decides_on_the_device(model):
+    """Muon and AdamW as on a GPU: whether they step is never asked for on the host."""
+    matrices, rest = optimizers._split(model, lambda name, p: "blocks" in name and p.dim() == 2)
+    muon = BatchedMuon(matrices, lr=0.02, momentum=0.95, weight_decay=0.05)
+    return optimizers.Combined(muon, torch.optim.AdamW(rest, lr=1e-2, fused=True))
+
+
+def test_a_step_that_is_skipped_on_the_device_moves_neither_weights_nor_state(tmp_path):
+    task = poison(tiny_task(optimizer=decides_on_the_device), steps={2})
+    keepers = [SaveAt(step, tmp_path / f"{step}.ckpt") for step in (2, 3, 4)]
+    _, recorder = fit(tmp_path, task, callbacks=keepers, log_every=3)
+    before, skipped, after = (torch.load(keeper.path, weights_only=True) for keeper in keepers)
+    for kept in (lambda c: c["state_dict"], lambda c: c["optimizer_states"][0]["state"]):
+        torch.testing.assert_close(kept(skipped), kept(before), rtol=0, atol=0)
+    weight = "model.blocks.0.1.weight"
+    assert not torch.equal(skipped["state_dict"][weight], after["state_dict"][weight])
+    assert skipped["skipped_steps"] == [1, 1]
+    assert recorder.curve("train/skipped_steps") == {3: 1, 6: 1}
+
+
+def test_skipping_is_decided_alike_on_the_host_and_on_the_device(tmp_path):
+    def run(optimizer):
+        task = poison(tiny_task(optimizer=optimizer), steps={2, 4})
+        return fit(tmp_path, task, max_steps=8)[1].curve("train/loss_nats")
+
+    def on_the_host(model):
+        made = decides_on_the_device(model)
+        made._step_supports_amp_scaling = False
+        return made
+
+    assert run(decides_on_the_device) == pytest.approx(run(on_the_host), abs=1e-6)
+
+
+def test_a_run_that_only_skips_steps_on_the_device_is_ended_when_it_is_logged(tmp_path):
+    task = poison(tiny_task(optimizer=decides_on_the_device), steps=range(3, 13))
+    with pytest.raises(FloatingPointError, match=r"not finite in 10 .* step 16 or one shortly"):
+        fit(tmp_path, task, max_steps=20, log_every=8)
+
+
+class NothingIsRead(L.Callback):
+    """Refuses what would wait for a GPU, from the first hook of each step that is not logged."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch):
+        self.patch, self.steps = monkeypatch, []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.patch.undo()
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:
+            self.steps.append(trainer.global_step + 1)
+            for name in self.READS:
+                self.patch.setattr(torch.Tensor, name, self._refuse)
+
+    def _refuse(self, *_, **__):
+        raise AssertionError(f"a tensor is read in step {self.steps[-1]}")
+
+
+@pytest.mark.parametrize("minutes", [None, 60.0], ids=["steps", "minutes"])
+def test_nothing_is_read_from_the_device_in_a_step_that_is_not_logged(
+    tmp_path, monkeypatch, minutes
+):
+    (tmp_path / "config.yaml").touch()
+    watch = NothingIsRead(monkeypatch)
+    fit(
+        tmp_path,
+        tiny_task(optimizer=decides_on_the_device),
+        TinyData(accumulation=2),
+        callbacks=[
+            watch, Throughput(), ProgressBar(), Interruption(), EMAWeightAveraging(decay=0.9),
+            Checkpoints(tmp_path, every_steps=4),
+        ],
+        max_steps=8,
+        max_minutes=minutes,
+        log_every=4,
+    )  # fmt: skip
+    assert sorted(set(watch.steps)) == [1, 2, 3, 5, 6, 7]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_no_step_that_is_not_logged_waits_for_the_gpu(tmp_path, optimizer):
+    class NothingWaits(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            logged = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+            torch.cuda.set_sync_debug_mode("default" if logged else "error")
+
+        def on_exception(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+        on_train_end = on_exception
+
+    made = {"adamw": None, "muon": partial(
+        optimizers.muon, lr=0.02, momentum=0.95, weight_decay=0.05, adamw_lr=1e-2,
+        adamw_betas=(0.9, 0.95), adamw_eps=1e-8,
+    )}[optimizer]  # fmt: skip
+    (tmp_path / "config.yaml").touch()
+    callbacks = [
+        NothingWaits(), Throughput(), ProgressBar(), Interruption(), EMAWeightAveraging(decay=0.9),
+        Checkpoints(tmp_path, every_steps=4),
+    ]  # fmt: skip
+    fit(tmp_path, tiny_task(optimizer=made), callbacks=callbacks, accelerator="gpu", max_steps=8,
+        log_every=4)  # fmt: skip
+
+
+def test_an_average_is_what_lightnings_own_is(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging as Lightnings
+
+    checkpoints = []
+    for average in (Lightnings, EMAWeightAveraging):
+        keeper = SaveAt(6, tmp_path / "last.ckpt")
+        fit(tmp_path, callbacks=[average(decay=0.5), keeper])
+        checkpoints.append(torch.load(keeper.path, weights_only=True))
+    theirs, ours = checkpoints
+    torch.testing.assert_close(ours["state_dict"], theirs["state_dict"])
+    assert ours["averaging_state"] == theirs["averaging_state"] == {"n_averaged": 6}
+    assert ours["callbacks"].keys() == theirs["callbacks"].keys()
 
 
 def test_a_run_that_only_skips_steps_is_ended_with_one_sentence(tmp_path):

@@ -16,6 +16,9 @@ class BatchedMuon(Muon):
     H200. Products are in bf16 on a GPU, as in torch's, and in float32 on a CPU, where bf16 is slow
     (30 times, on a 2-core AMD EPYC) and makes two processes drift apart from one.
 
+    A step changes nothing where ``found_inf``, a tensor that `torch.amp.GradScaler` or the training
+    loop sets, is not zero. Nothing waits for it.
+
     Source:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon.
     """
@@ -29,6 +32,8 @@ class BatchedMuon(Muon):
             nesterov=True,
             adjust_lr_fn="original",  # lr is the spectral size of an update, whatever the shape
         )
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = True  # asks for ``found_inf``
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -48,15 +53,21 @@ class BatchedMuon(Muon):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
         grads = [matrix.grad for matrix in matrices]
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        rows, columns = matrices[0].shape
+        rate = group["lr"] * max(1, rows / columns) ** 0.5
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            skipped = self.found_inf != 0
+            # A momentum that moves towards itself stays as it is, to the bit.
+            grads = torch.where(skipped, torch.stack(momenta), torch.stack(grads)).unbind()
+            rate, kept = torch.where(skipped, 0.0, rate), torch.where(skipped, 1.0, kept)
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
         direction = orthogonalise(
             torch.stack(nesterov), group["ns_coefficients"], group["ns_steps"], group["eps"]
         )
-        rows, columns = matrices[0].shape
-        rate = group["lr"] * max(1, rows / columns) ** 0.5
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, direction.to(matrices[0].dtype).unbind(), alpha=-rate)
+        torch._foreach_mul_(matrices, kept)
+        torch._foreach_sub_(matrices, (direction.to(matrices[0].dtype) * rate).unbind())
 
 
 def orthogonalise(

@@ -6,6 +6,8 @@ import time
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_only
 
+from training.run.agreement import Largest
+
 log = logging.getLogger("strider")
 
 
@@ -57,6 +59,7 @@ class Budget(L.Callback):
         self.max_minutes = max_minutes
         self.progress = 0.0  # share of the run that is done, in [0, 1]; the same on all ranks
         self.clock = Stopwatch()
+        self._largest = Largest()
 
     @staticmethod
     def of(trainer: L.Trainer) -> "Budget":
@@ -84,7 +87,7 @@ class Budget(L.Callback):
         if self.max_steps is not None:
             shares.append(trainer.global_step / self.max_steps)
         if self.max_minutes is not None:  # every rank has its own clock; the first one's counts
-            seconds = trainer.strategy.broadcast(self.clock.seconds)
+            seconds = self._largest(trainer, self.clock.seconds if trainer.is_global_zero else 0)
             shares.append(seconds / 60 / self.max_minutes)
         self.progress = min(1.0, max(shares))
         trainer.should_stop |= self.spent
