@@ -43,7 +43,7 @@ def make_trainer(
     validate_every: int | None,
     log_every: int,
     gradient_clip: float | None,
-    compile: bool,
+    compile: bool | str,
 ) -> L.Trainer:
     """Make a Trainer that does what is asked and nothing on its own account.
 
@@ -63,7 +63,7 @@ def make_trainer(
         validate_every: see ``Validation``.
         log_every: optimizer steps between logged metrics.
         gradient_clip: largest norm of the gradient over all parameters; None: no limit.
-        compile: compile the model's blocks and its head.
+        compile: compile the model's blocks and its head; ``"auto"``: on a GPU.
 
     Raises:
         ValueError: if a GPU that is asked for is not there, or a setting is out of its range.
@@ -98,7 +98,7 @@ def make_trainer(
             budget,
             validation,
             in_phases,
-            *([Compilation()] if compile else []),
+            *([Compilation()] if resolve_compile(compile, accelerator) else []),
             *_around(EndOfStep(budget, validation, in_phases, callbacks), callbacks),
         ],
         plugins=[AtomicCheckpointIO()],
@@ -145,6 +145,17 @@ def _resolve_precision(precision: str | None, accelerator: str) -> str:
             f"got {precision}; set `trainer.precision`."
         )
     return precision
+
+
+def resolve_compile(choice: bool | str, accelerator: str) -> bool:
+    """Whether to compile; where nothing is asked for, on a GPU.
+
+    Raises:
+        ValueError: if the choice is none.
+    """
+    if choice not in (True, False, "auto"):
+        raise ValueError(f"trainer.compile must be auto, true or false, got {choice}.")
+    return accelerator == "gpu" if choice == "auto" else bool(choice)
 
 
 def _around(end_of_step: EndOfStep, callbacks: Sequence[L.Callback]) -> list[L.Callback]:
