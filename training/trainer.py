@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from training.callbacks.compilation import Compilation
@@ -87,7 +87,7 @@ def make_trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
-        strategy=strategy,
+        strategy=_data_parallel() if strategy == "ddp" else strategy,
         precision=precision,
         max_steps=-1 if max_steps is None else max_steps,
         max_epochs=-1,
@@ -134,6 +134,16 @@ def _resolve_accelerator(accelerator: str, devices: int | str) -> str:
             f"lower `trainer.devices`."
         )
     return accelerator
+
+
+def _data_parallel() -> DDPStrategy:
+    """Lightning's, for models all of whose parameters take part in every pass.
+
+    A static graph is not promised, because phases change it; all that it would save here is a
+    search for parameters that take no part, which is off as it is.
+    """
+    # Gradients are where they are summed: there is no copy of them.
+    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
 
 
 def _resolve_precision(precision: str | None, accelerator: str) -> str:

@@ -12,8 +12,10 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
+from hydra.utils import instantiate
 
 from evaluation.measures import bits_per_byte
+from tests.support.configs import SMALL, composed
 from tests.support.tiny import LENGTH, TinyData, fit, rows, tiny_task
 from training import schedules
 from training.callbacks.averaging import EMAWeightAveraging
@@ -72,6 +74,16 @@ def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(tmp_path
         curve = {step: row[key] for step, row in two.items() if key in row}
         assert curve == pytest.approx(one.curve(key), abs=1e-5), key
     assert len(one.curve("train/loss_nats")) == 100
+
+
+def test_in_bf16_two_processes_give_the_curve_of_one_that_takes_their_shares_in_turn(tmp_path):
+    # A pass rounds each weight's gradient to bf16: whole batches are rounded once, halves twice.
+    settings = {"max_steps": 100, "validate_every": 50, "precision": "bf16-mixed"}
+    _, one = fit(tmp_path, data=TinyData(accumulation=2), **settings)
+    two = in_processes(tmp_path, 2, **settings)
+    for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte"):
+        curve = {step: row[key] for step, row in two.items() if key in row}
+        assert curve == pytest.approx(one.curve(key), abs=1e-6), key
 
 
 def test_accumulating_two_micro_batches_changes_nothing_but_memory(tmp_path):
@@ -225,28 +237,31 @@ def test_nothing_is_read_from_the_device_in_a_step_that_is_not_logged(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_no_step_that_is_not_logged_waits_for_the_gpu(tmp_path, optimizer):
+@pytest.mark.parametrize("model", ["dense", "bigbird", "longformer"])
+def test_no_step_that_is_not_logged_waits_for_the_gpu(tmp_path, model, optimizer):
     class NothingWaits(L.Callback):
         def on_train_batch_start(self, trainer, *_):
             logged = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
-            torch.cuda.set_sync_debug_mode("default" if logged else "error")
+            compiles = trainer.global_step < trainer.log_every_n_steps
+            torch.cuda.set_sync_debug_mode("default" if logged or compiles else "error")
 
         def on_exception(self, *_):
             torch.cuda.set_sync_debug_mode("default")
 
-        on_train_end = on_exception
-
-    made = {"adamw": None, "muon": partial(
-        optimizers.muon, lr=0.02, momentum=0.95, weight_decay=0.05, adamw_lr=1e-2,
-        adamw_betas=(0.9, 0.95), adamw_eps=1e-8,
-    )}[optimizer]  # fmt: skip
+    config = composed(
+        f"model={model}", f"optimizer={optimizer}", *SMALL, "data.vocab_size=16", "data.length=8"
+    )
+    task = tiny_task(optimizer=instantiate(config.optimizer))
+    task.model = instantiate(config.model)
     (tmp_path / "config.yaml").touch()
     callbacks = [
         NothingWaits(), Throughput(), ProgressBar(), Interruption(), EMAWeightAveraging(decay=0.9),
         Checkpoints(tmp_path, every_steps=4),
     ]  # fmt: skip
-    fit(tmp_path, tiny_task(optimizer=made), callbacks=callbacks, accelerator="gpu", max_steps=8,
-        log_every=4)  # fmt: skip
+    fit(
+        tmp_path, task, callbacks=callbacks, accelerator="gpu", compile="auto", max_steps=12,
+        log_every=4,
+    )  # fmt: skip
 
 
 def test_an_average_is_what_lightnings_own_is(tmp_path):

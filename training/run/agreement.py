@@ -25,7 +25,7 @@ class Largest:
         torch.distributed.all_reduce(value, op=torch.distributed.ReduceOp.MAX)
         if device.type != "cuda":
             return value.item()
-        answer = torch.empty_like(value, device="cpu", pin_memory=True)
+        answer = torch.empty((), dtype=value.dtype, pin_memory=True)
         answer.copy_(value, non_blocking=True)
         arrived = torch.cuda.Event()
         arrived.record()
