@@ -136,7 +136,12 @@ class SequenceTask(L.LightningModule):
     def _seed_generators(self) -> None:
         """Make what is drawn a pure function of the place in the run: there is no state to save."""
         place = (self.trainer.global_step, len(self._micro_batches), self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence((self._seed, *place)).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence((self._seed, *place)).generate_state(1)[0])
+        # `torch.manual_seed` would also write down, for each accelerator that is not there, where
+        # it was called: half a millisecond a pass.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _skip_unless(self, finite: Tensor, optimizer: Optimizer) -> None:
         """Count this step as skipped unless its gradient is ``finite``, and have it change nothing.
