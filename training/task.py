@@ -5,6 +5,7 @@ from collections.abc import Callable
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -72,7 +73,11 @@ class SequenceTask(L.LightningModule):
         return Budget.of(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
-        return self._make_optimizer(self.model)
+        optimizer = self._make_optimizer(self.model)
+        strategy = self.trainer.strategy
+        # Optimizers may share the work: data parallel processes have the same gradients.
+        optimizer.replicated = isinstance(strategy, DDPStrategy) and strategy.world_size > 1
+        return optimizer
 
     def change_settings(
         self, optimizer: Callable[[nn.Module], Optimizer], schedule: Callable[[int, float], float]

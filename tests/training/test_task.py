@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 
 from evaluation.measures import bits_per_byte
 from tests.support.configs import SMALL, composed
-from tests.support.tiny import LENGTH, TinyData, fit, rows, tiny_task
+from tests.support.tiny import LENGTH, TinyData, fit, muon_task, rows, tiny_task
 from training import schedules
 from training.callbacks.averaging import EMAWeightAveraging
 from training.callbacks.checkpoints import Checkpoints
@@ -66,14 +66,26 @@ def in_processes(output, devices, **settings):
     return {int(step): row for step, row in metrics.items()}
 
 
-def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon in shares"])
+def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(tmp_path, muon):
     settings = {"max_steps": 100, "validate_every": 50}
-    _, one = fit(tmp_path, **settings)
-    two = in_processes(tmp_path, 2, **settings)
+    _, one = fit(tmp_path, muon_task() if muon else tiny_task(), **settings)
+    two = in_processes(tmp_path, 2, muon=muon, **settings)
     for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte"):
         curve = {step: row[key] for step, row in two.items() if key in row}
         assert curve == pytest.approx(one.curve(key), abs=1e-5), key
     assert len(one.curve("train/loss_nats")) == 100
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_curve_of_one_that_takes_their_shares_in_turn(tmp_path):
+    # The limit in minutes is far, but both agree on the time after every step.
+    settings = {"max_steps": 20, "max_minutes": 60.0, "accelerator": "gpu"}
+    _, one = fit(tmp_path, data=TinyData(accumulation=2), **settings)
+    two = in_processes(tmp_path, 2, **settings)
+    for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte"):
+        curve = {step: row[key] for step, row in two.items() if key in row}
+        assert curve == pytest.approx(one.curve(key), abs=1e-5), key
 
 
 def test_in_bf16_two_processes_give_the_curve_of_one_that_takes_their_shares_in_turn(tmp_path):
