@@ -28,7 +28,8 @@ class SequenceTask(L.LightningModule):
     accumulated micro-batches and ranks. ``val/word_perplexity`` is there for data that have
     word-level results.
     A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
-    Between two logged steps nothing is read from the device, so that it never waits for the host.
+    Between two logged steps nothing is read from the device, so that it never waits for the host,
+    if the optimizer takes ``found_inf`` (see `torch.amp.GradScaler`), as ours do on a GPU.
 
     Args:
         model: has ``loss(inputs, targets, documents) -> (nats, count)``, ``attentions()`` and

@@ -9,6 +9,7 @@ from typing import Any
 import lightning as L
 
 from training.run.agreement import Largest
+from training.run.progress import Budget
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
@@ -43,7 +44,8 @@ class Interruption(L.Callback):
 
     def stop_if_signalled(self, trainer: L.Trainer) -> None:
         """Stop the run if any of its processes got a signal; all of them must call this."""
-        if number := int(self._largest(trainer, self.signal_received or 0)):
+        signalled = self.signal_received or 0
+        if number := int(Budget.of(trainer).agree(self._largest, trainer, signalled)):
             self.signal_received = number
             trainer.should_stop = True
             if trainer.is_global_zero:
