@@ -3,8 +3,8 @@
 Every run is a set of overrides of conf/train.yaml (``"model=bigbird model.dim=768"``) or the peer
 ``flex_window``: the dense model with FlexAttention's causal window of 512 in place of its
 attention. Each is trained for some steps on bundled Wikipedia text, in a process of its own: all
-compiled, bfloat16, fused AdamW (or an experiment's own optimizer), no logging. Tokens a second are
-compared with those of the first run.
+compiled, bfloat16, fused AdamW (or the optimizer of the run or experiment), no logging. Tokens a
+second are compared with those of the first run.
 """
 
 import argparse
@@ -129,8 +129,10 @@ def measure(run: str, length: int, options) -> dict:
 def _built(run: str, length: int, options) -> tuple[nn.Module, torch.optim.Optimizer]:
     overrides = [f"data.length={length}", f"data.batch_tokens={options.tokens}"]
     overrides += [*options.common.split(), *("model=dense" if run == PEER else run).split()]
-    if not any(override.startswith("experiment=") for override in overrides):
-        overrides += ["data=sample", "optimizer=adamw"]
+    given = {override.partition("=")[0] for override in overrides}
+    if "experiment" not in given:
+        defaults = {"data": "sample", "optimizer": "adamw"}
+        overrides += [f"{key}={value}" for key, value in defaults.items() if key not in given]
     with initialize(version_base="1.3", config_path="../conf"):
         config = compose("train", overrides=overrides)
     model = instantiate(config.model).cuda()

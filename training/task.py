@@ -5,6 +5,7 @@ from collections.abc import Callable
 import lightning as L
 import numpy as np
 import torch
+from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
@@ -27,6 +28,8 @@ class SequenceTask(L.LightningModule):
     accumulated micro-batches and ranks. ``val/word_perplexity`` is there for data that have
     word-level results.
     A step whose gradient is not finite changes nothing and is counted in ``train/skipped_steps``.
+    Between two logged steps nothing is read from the device, so that it never waits for the host,
+    if the optimizer takes ``found_inf`` (see `torch.amp.GradScaler`), as ours do on a GPU.
 
     Args:
         model: has ``loss(inputs, targets, documents) -> (nats, count)``, ``attentions()`` and
@@ -64,14 +67,18 @@ class SequenceTask(L.LightningModule):
         self._schedule = schedule
         self._seed = seed
         self._micro_batches: list[Tensor] = []  # sums over those of the current step
-        self._skipped_steps = self._skipped_in_a_row = 0
+        self._skipped = torch.zeros(2, dtype=torch.int64)  # steps in all, and in a row until now
 
     @property
     def budget(self) -> Budget:
         return Budget.of(self.trainer)
 
     def configure_optimizers(self) -> Optimizer:
-        return self._make_optimizer(self.model)
+        optimizer = self._make_optimizer(self.model)
+        strategy = self.trainer.strategy
+        # Optimizers may share the work: data parallel processes have the same gradients.
+        optimizer.replicated = isinstance(strategy, DDPStrategy) and strategy.world_size > 1
+        return optimizer
 
     def change_settings(
         self, optimizer: Callable[[nn.Module], Optimizer], schedule: Callable[[int, float], float]
@@ -83,6 +90,7 @@ class SequenceTask(L.LightningModule):
     def on_fit_start(self) -> None:
         # Unscored targets are -1; they index this extra zero.
         self._units = torch.tensor([*self.trainer.datamodule.units, 0], device=self.device)
+        self._skipped = self._skipped.to(self.device)
 
     # Training
 
@@ -107,10 +115,14 @@ class SequenceTask(L.LightningModule):
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None, *_, **__
     ) -> None:
-        norm = self._clip_or_drop_gradients(gradient_clip_val)
+        parameters = [p for p in self.parameters() if p.grad is not None]
+        norm = get_total_norm([p.grad for p in parameters])
+        if gradient_clip_val is not None:
+            clip_grads_with_norm_(parameters, gradient_clip_val, norm)
+        self._skip_unless(norm.isfinite(), optimizer)
         step = self.trainer.global_step + 1  # the n-th step is logged at n, as a validation after n
         if step % self.trainer.log_every_n_steps == 0:
-            self._log_step(step, norm, optimizer.param_groups[0]["lr"])
+            self._log_step(step, norm.item(), optimizer.param_groups[0]["lr"])
         self._micro_batches.clear()
 
     def on_train_batch_end(self, *_) -> None:
@@ -130,32 +142,45 @@ class SequenceTask(L.LightningModule):
     def _seed_generators(self) -> None:
         """Make what is drawn a pure function of the place in the run: there is no state to save."""
         place = (self.trainer.global_step, len(self._micro_batches), self.global_rank)
-        torch.manual_seed(int(np.random.SeedSequence((self._seed, *place)).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence((self._seed, *place)).generate_state(1)[0])
+        # `torch.manual_seed` would also write down, for each accelerator that is not there, where
+        # it was called: half a millisecond a pass.
+        torch.default_generator.manual_seed(seed)
+        if self.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
-    def _clip_or_drop_gradients(self, limit: float | None) -> float:
-        """Clip the gradients and return their norm before; if it is not finite, drop them.
+    def _skip_unless(self, finite: Tensor, optimizer: Optimizer) -> None:
+        """Count this step as skipped unless its gradient is ``finite``, and have it change nothing.
 
-        Optimizers pass over a parameter without a gradient: not even decay or momentum move it.
         The gradients are already averaged over ranks, so all ranks decide alike.
         """
-        parameters = [p for p in self.parameters() if p.grad is not None]
-        total = get_total_norm([p.grad for p in parameters])
-        norm = total.item()
-        if np.isfinite(norm):
-            self._skipped_in_a_row = 0
-            if limit is not None:
-                clip_grads_with_norm_(parameters, limit, total)
-            return norm
-        self.zero_grad(set_to_none=True)
-        self._skipped_steps += 1
-        self._skipped_in_a_row += 1
-        if self._skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        skipped, (in_all, in_a_row) = ~finite, self._skipped
+        ended = in_a_row >= MAX_SKIPPED_IN_A_ROW  # stays until it is read
+        in_a_row = (in_a_row + 1) * (skipped | ended)
+        self._skipped = torch.stack([in_all + skipped, in_a_row])
+        if getattr(optimizer, "_step_supports_amp_scaling", False):
+            # What `torch.amp.GradScaler` tells such an optimizer: whether to step is decided on the
+            # device.
+            optimizer.grad_scale, optimizer.found_inf = None, skipped.float()
+        elif not finite:
+            # Optimizers pass over a parameter without a gradient: not even decay or momentum move
+            # it.
+            self.zero_grad(set_to_none=True)
+
+    def _read_skipped(self, step: int) -> list[int]:
+        """Steps skipped in all and in a row; waits for the device.
+
+        Raises:
+            FloatingPointError: if too many were skipped in a row.
+        """
+        in_all, in_a_row = self._skipped.tolist()
+        if in_a_row >= MAX_SKIPPED_IN_A_ROW:
             raise FloatingPointError(
                 f"the gradient was not finite in {MAX_SKIPPED_IN_A_ROW} optimizer steps in a row, "
-                f"last at step {self.trainer.global_step + 1} with norm {norm}; lower "
-                f"`optimizer.lr` or resume from an earlier checkpoint."
+                f"the last of them step {step} or one shortly before; lower `optimizer.lr` or "
+                f"resume from an earlier checkpoint."
             )
-        return norm
+        return [in_all, in_a_row]
 
     def _log_step(self, step: int, norm: float, rate: float) -> None:
         sums = self.trainer.strategy.reduce(sum(self._micro_batches), reduce_op="sum")
@@ -167,7 +192,7 @@ class SequenceTask(L.LightningModule):
             f"train/{measure}": MEASURES[measure](nats, int(units)),
             "train/gradient_norm": norm,
             "train/learning_rate": rate,
-            "train/skipped_steps": float(self._skipped_steps),
+            "train/skipped_steps": float(self._read_skipped(step)[0]),
         }
         phases = Phases.of(self.trainer)
         if len(phases.phases) > 1:
@@ -202,7 +227,7 @@ class SequenceTask(L.LightningModule):
     # Checkpoints
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        checkpoint["skipped_steps"] = [self._skipped_steps, self._skipped_in_a_row]
+        checkpoint["skipped_steps"] = self._read_skipped(self.trainer.global_step)
 
     def on_load_checkpoint(self, checkpoint: dict) -> None:
-        self._skipped_steps, self._skipped_in_a_row = checkpoint["skipped_steps"]
+        self._skipped = torch.tensor(checkpoint["skipped_steps"])

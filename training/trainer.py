@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.strategies import Strategy
+from lightning.pytorch.strategies import DDPStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from training.callbacks.compilation import Compilation
@@ -43,7 +43,7 @@ def make_trainer(
     validate_every: int | None,
     log_every: int,
     gradient_clip: float | None,
-    compile: bool,
+    compile: bool | str,
 ) -> L.Trainer:
     """Make a Trainer that does what is asked and nothing on its own account.
 
@@ -63,7 +63,7 @@ def make_trainer(
         validate_every: see ``Validation``.
         log_every: optimizer steps between logged metrics.
         gradient_clip: largest norm of the gradient over all parameters; None: no limit.
-        compile: compile the model's blocks and its head.
+        compile: compile the model's blocks and its head; ``"auto"``: on a GPU.
 
     Raises:
         ValueError: if a GPU that is asked for is not there, or a setting is out of its range.
@@ -87,7 +87,7 @@ def make_trainer(
         accelerator=accelerator,
         devices=devices,
         num_nodes=nodes,
-        strategy=strategy,
+        strategy=_data_parallel() if strategy == "ddp" else strategy,
         precision=precision,
         max_steps=-1 if max_steps is None else max_steps,
         max_epochs=-1,
@@ -98,7 +98,7 @@ def make_trainer(
             budget,
             validation,
             in_phases,
-            *([Compilation()] if compile else []),
+            *([Compilation()] if resolve_compile(compile, accelerator) else []),
             *_around(EndOfStep(budget, validation, in_phases, callbacks), callbacks),
         ],
         plugins=[AtomicCheckpointIO()],
@@ -136,6 +136,16 @@ def _resolve_accelerator(accelerator: str, devices: int | str) -> str:
     return accelerator
 
 
+def _data_parallel() -> DDPStrategy:
+    """Lightning's, for models all of whose parameters take part in every pass.
+
+    A static graph is not promised, because phases change it; all that it would save here is a
+    search for parameters that take no part, which is off as it is.
+    """
+    # Gradients are where they are summed: there is no copy of them.
+    return DDPStrategy(find_unused_parameters=False, gradient_as_bucket_view=True)
+
+
 def _resolve_precision(precision: str | None, accelerator: str) -> str:
     if precision is None:
         return "bf16-mixed" if accelerator == "gpu" else "32-true"
@@ -145,6 +155,17 @@ def _resolve_precision(precision: str | None, accelerator: str) -> str:
             f"got {precision}; set `trainer.precision`."
         )
     return precision
+
+
+def resolve_compile(choice: bool | str, accelerator: str) -> bool:
+    """Whether to compile; where nothing is asked for, on a GPU.
+
+    Raises:
+        ValueError: if the choice is none.
+    """
+    if choice not in (True, False, "auto"):
+        raise ValueError(f"trainer.compile must be auto, true or false, got {choice}.")
+    return accelerator == "gpu" if choice == "auto" else bool(choice)
 
 
 def _around(end_of_step: EndOfStep, callbacks: Sequence[L.Callback]) -> list[L.Callback]:

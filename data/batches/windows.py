@@ -155,12 +155,12 @@ def spread(windows: int, kept: int) -> Sequence[int]:
 def evaluation_order(
     windows: Sequence[int], *, rank: int, world_size: int, micro: int
 ) -> list[list[int]]:
-    """Windows of one device's forward passes, at most ``micro`` in each.
+    """Windows of one device's forward passes, ``micro`` in each.
 
-    They go to the ranks in turn. All ranks get equally many, so that none waits for another; the
-    excess lies past the end and is padding only.
+    They go to the ranks in turn. All ranks and all passes get equally many, so that none waits for
+    another, and compiled models meet one shape; the excess lies past the end and is padding only.
     """
-    rounds = -(-len(windows) // world_size)
+    rounds = -(-len(windows) // (world_size * micro)) * micro
     excess = [sys.maxsize] * (rounds * world_size - len(windows))
     mine = [*windows, *excess][rank::world_size]
     return [mine[first : first + micro] for first in range(0, rounds, micro)]

@@ -16,6 +16,7 @@ from data.batches.batch import Batch, NextTokenBatches
 from data.batches.batching import Batching
 from data.prepare.vocabulary import Bytes
 from training import schedules
+from training.callbacks.interruption import Interruption
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
 from training.objectives import NextToken
@@ -178,10 +179,27 @@ def fit(output, task=None, data=None, resume=None, **settings) -> tuple[L.Traine
     return trainer, recorder
 
 
-def main(output: str, **settings) -> None:
-    """Train on several processes; rank 0 writes what it logged to ``output/metrics.json``."""
-    callbacks = [Throughput(), ProgressBar()]
-    trainer, recorder = fit(output, callbacks=callbacks, accelerator="cpu", **settings)
+def muon_task() -> SequenceTask:
+    return tiny_task(
+        optimizer=partial(
+            optimizers.muon, lr=0.02, momentum=0.95, weight_decay=0.05, adamw_lr=1e-2,
+            adamw_betas=(0.9, 0.95), adamw_eps=1e-8,
+        )
+    )  # fmt: skip
+
+
+def main(output: str, muon: bool = False, **settings) -> None:
+    """Train on several processes; rank 0 writes what it logged to ``output/metrics.json``.
+
+    Raises:
+        AssertionError: if their weights differ in a bit.
+    """
+    callbacks = [Throughput(), ProgressBar(), Interruption()]
+    task = muon_task() if muon else tiny_task()
+    trainer, recorder = fit(output, task, callbacks=callbacks, **settings)
+    weights = torch.cat([p.detach().flatten() for p in task.parameters()])
+    first = trainer.strategy.broadcast(weights)
+    assert torch.equal(first, weights), "processes have other weights"
     if trainer.is_global_zero:
         Path(output, "metrics.json").write_text(json.dumps(recorder.metrics))
 

@@ -12,12 +12,19 @@ from types import SimpleNamespace
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
+from hydra.utils import instantiate
 
 from evaluation.measures import bits_per_byte
-from tests.support.tiny import LENGTH, TinyData, fit, rows, tiny_task
+from tests.support.configs import SMALL, composed
+from tests.support.tiny import LENGTH, TinyData, fit, muon_task, rows, tiny_task
 from training import schedules
+from training.callbacks.averaging import EMAWeightAveraging
+from training.callbacks.checkpoints import Checkpoints
+from training.callbacks.interruption import Interruption
+from training.callbacks.progress_bar import ProgressBar
+from training.callbacks.throughput import Throughput
 from training.optim import optimizers
+from training.optim.muon import BatchedMuon
 
 ROOT = Path(__file__).parents[2]
 
@@ -59,14 +66,36 @@ def in_processes(output, devices, **settings):
     return {int(step): row for step, row in metrics.items()}
 
 
-def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(tmp_path):
+@pytest.mark.parametrize("muon", [False, True], ids=["adamw", "muon in shares"])
+def test_two_processes_give_the_curve_of_one_with_the_same_global_batch(tmp_path, muon):
     settings = {"max_steps": 100, "validate_every": 50}
-    _, one = fit(tmp_path, **settings)
-    two = in_processes(tmp_path, 2, **settings)
+    _, one = fit(tmp_path, muon_task() if muon else tiny_task(), **settings)
+    two = in_processes(tmp_path, 2, muon=muon, **settings)
     for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte"):
         curve = {step: row[key] for step, row in two.items() if key in row}
         assert curve == pytest.approx(one.curve(key), abs=1e-5), key
     assert len(one.curve("train/loss_nats")) == 100
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_give_the_curve_of_one_that_takes_their_shares_in_turn(tmp_path):
+    # The limit in minutes is far, but both agree on the time after every step.
+    settings = {"max_steps": 20, "max_minutes": 60.0, "accelerator": "gpu"}
+    _, one = fit(tmp_path, data=TinyData(accumulation=2), **settings)
+    two = in_processes(tmp_path, 2, **settings)
+    for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte"):
+        curve = {step: row[key] for step, row in two.items() if key in row}
+        assert curve == pytest.approx(one.curve(key), abs=1e-5), key
+
+
+def test_in_bf16_two_processes_give_the_curve_of_one_that_takes_their_shares_in_turn(tmp_path):
+    # A pass rounds each weight's gradient to bf16: whole batches are rounded once, halves twice.
+    settings = {"max_steps": 100, "validate_every": 50, "precision": "bf16-mixed"}
+    _, one = fit(tmp_path, data=TinyData(accumulation=2), **settings)
+    two = in_processes(tmp_path, 2, **settings)
+    for key in ("train/loss_nats", "train/gradient_norm", "val/bits_per_byte"):
+        curve = {step: row[key] for step, row in two.items() if key in row}
+        assert curve == pytest.approx(one.curve(key), abs=1e-6), key
 
 
 def test_accumulating_two_micro_batches_changes_nothing_but_memory(tmp_path):
@@ -137,6 +166,128 @@ def test_a_step_whose_gradient_is_not_finite_changes_nothing_and_is_counted(tmp_
     assert not torch.equal(skipped["model.head.weight"], after["model.head.weight"])
     assert list(recorder.curve("train/skipped_steps").values()) == [0, 0, 1, 1, 1, 1]
     assert math.isnan(recorder.curve("train/gradient_norm")[3])
+
+
+def decides_on_the_device(model):
+    """Muon and AdamW as on a GPU: whether they step is never asked for on the host."""
+    matrices, rest = optimizers._split(model, lambda name, p: "blocks" in name and p.dim() == 2)
+    muon = BatchedMuon(matrices, lr=0.02, momentum=0.95, weight_decay=0.05)
+    return optimizers.Combined(muon, torch.optim.AdamW(rest, lr=1e-2, fused=True))
+
+
+def test_a_step_that_is_skipped_on_the_device_moves_neither_weights_nor_state(tmp_path):
+    task = poison(tiny_task(optimizer=decides_on_the_device), steps={2})
+    keepers = [SaveAt(step, tmp_path / f"{step}.ckpt") for step in (2, 3, 4)]
+    _, recorder = fit(tmp_path, task, callbacks=keepers, log_every=3)
+    before, skipped, after = (torch.load(keeper.path, weights_only=True) for keeper in keepers)
+    for kept in (lambda c: c["state_dict"], lambda c: c["optimizer_states"][0]["state"]):
+        torch.testing.assert_close(kept(skipped), kept(before), rtol=0, atol=0)
+    weight = "model.blocks.0.1.weight"
+    assert not torch.equal(skipped["state_dict"][weight], after["state_dict"][weight])
+    assert skipped["skipped_steps"] == [1, 1]
+    assert recorder.curve("train/skipped_steps") == {3: 1, 6: 1}
+
+
+def test_skipping_is_decided_alike_on_the_host_and_on_the_device(tmp_path):
+    def run(optimizer):
+        task = poison(tiny_task(optimizer=optimizer), steps={2, 4})
+        return fit(tmp_path, task, max_steps=8)[1].curve("train/loss_nats")
+
+    def on_the_host(model):
+        made = decides_on_the_device(model)
+        made._step_supports_amp_scaling = False
+        return made
+
+    assert run(decides_on_the_device) == pytest.approx(run(on_the_host), abs=1e-6)
+
+
+def test_a_run_that_only_skips_steps_on_the_device_is_ended_when_it_is_logged(tmp_path):
+    task = poison(tiny_task(optimizer=decides_on_the_device), steps=range(3, 13))
+    with pytest.raises(FloatingPointError, match=r"not finite in 10 .* step 16 or one shortly"):
+        fit(tmp_path, task, max_steps=20, log_every=8)
+
+
+class NothingIsRead(L.Callback):
+    """Refuses what would wait for a GPU, from the first hook of each step that is not logged."""
+
+    READS = ("item", "tolist", "cpu", "numpy", "__bool__", "__int__", "__float__", "__index__")
+
+    def __init__(self, monkeypatch):
+        self.patch, self.steps = monkeypatch, []
+
+    def on_train_batch_start(self, trainer, *_):
+        self.patch.undo()
+        if (trainer.global_step + 1) % trainer.log_every_n_steps:
+            self.steps.append(trainer.global_step + 1)
+            for name in self.READS:
+                self.patch.setattr(torch.Tensor, name, self._refuse)
+
+    def _refuse(self, *_, **__):
+        raise AssertionError(f"a tensor is read in step {self.steps[-1]}")
+
+
+@pytest.mark.parametrize("minutes", [None, 60.0], ids=["steps", "minutes"])
+def test_nothing_is_read_from_the_device_in_a_step_that_is_not_logged(
+    tmp_path, monkeypatch, minutes
+):
+    (tmp_path / "config.yaml").touch()
+    watch = NothingIsRead(monkeypatch)
+    fit(
+        tmp_path,
+        tiny_task(optimizer=decides_on_the_device),
+        TinyData(accumulation=2),
+        callbacks=[
+            watch, Throughput(), ProgressBar(), Interruption(), EMAWeightAveraging(decay=0.9),
+            Checkpoints(tmp_path, every_steps=4),
+        ],
+        max_steps=8,
+        max_minutes=minutes,
+        log_every=4,
+    )  # fmt: skip
+    assert sorted(set(watch.steps)) == [1, 2, 3, 5, 6, 7]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+@pytest.mark.parametrize("model", ["dense", "bigbird", "longformer"])
+def test_no_step_that_is_not_logged_waits_for_the_gpu(tmp_path, model, optimizer):
+    class NothingWaits(L.Callback):
+        def on_train_batch_start(self, trainer, *_):
+            logged = (trainer.global_step + 1) % trainer.log_every_n_steps == 0
+            compiles = trainer.global_step < trainer.log_every_n_steps
+            torch.cuda.set_sync_debug_mode("default" if logged or compiles else "error")
+
+        def on_exception(self, *_):
+            torch.cuda.set_sync_debug_mode("default")
+
+    config = composed(
+        f"model={model}", f"optimizer={optimizer}", *SMALL, "data.vocab_size=16", "data.length=8"
+    )
+    task = tiny_task(optimizer=instantiate(config.optimizer))
+    task.model = instantiate(config.model)
+    (tmp_path / "config.yaml").touch()
+    callbacks = [
+        NothingWaits(), Throughput(), ProgressBar(), Interruption(), EMAWeightAveraging(decay=0.9),
+        Checkpoints(tmp_path, every_steps=4),
+    ]  # fmt: skip
+    fit(
+        tmp_path, task, callbacks=callbacks, accelerator="gpu", compile="auto", max_steps=12,
+        log_every=4,
+    )  # fmt: skip
+
+
+def test_an_average_is_what_lightnings_own_is(tmp_path):
+    from lightning.pytorch.callbacks import EMAWeightAveraging as Lightnings
+
+    checkpoints = []
+    for average in (Lightnings, EMAWeightAveraging):
+        keeper = SaveAt(6, tmp_path / "last.ckpt")
+        fit(tmp_path, callbacks=[average(decay=0.5), keeper])
+        checkpoints.append(torch.load(keeper.path, weights_only=True))
+    theirs, ours = checkpoints
+    torch.testing.assert_close(ours["state_dict"], theirs["state_dict"])
+    assert ours["averaging_state"] == theirs["averaging_state"] == {"n_averaged": 6}
+    assert ours["callbacks"].keys() == theirs["callbacks"].keys()
 
 
 def test_a_run_that_only_skips_steps_is_ended_with_one_sentence(tmp_path):

@@ -29,10 +29,11 @@ from tests.support.tiny import (
     tiny_task,
     tiny_trainer,
 )
-from training.callbacks.compilation import compile_model
+from training.callbacks.compilation import Compilation, compile_model
 from training.callbacks.progress_bar import ProgressBar
 from training.callbacks.throughput import Throughput
 from training.model_settings import adopt_settings
+from training.trainer import resolve_compile
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -128,13 +129,28 @@ def test_compiling_blocks_renames_no_parameter(tmp_path):
     assert list(model.state_dict()) == names
 
 
-def test_a_compiled_run_learns_what_a_plain_one_does(tmp_path):
+def test_a_compiled_run_says_so_and_learns_what_a_plain_one_does(tmp_path, caplog):
     _, plain = fit(tmp_path, max_steps=3)
     task = tiny_task()
-    _, compiled = fit(tmp_path, task, max_steps=3, compile=True)
+    with caplog.at_level(logging.INFO, "strider"):
+        _, compiled = fit(tmp_path, task, max_steps=3, compile=True)
+    lines = [record.getMessage() for record in caplog.records if "compil" in record.getMessage()]
+    assert len(lines) == 2
+    assert re.fullmatch(r"compiled: the first pass of training took \d+ s", lines[1])
     assert all(block._compiled_call_impl is not None for block in task.model.blocks)
     expected = plain.curve("train/loss_nats")
     assert compiled.curve("train/loss_nats") == pytest.approx(expected, abs=1e-5)
+
+
+def test_blocks_are_compiled_by_default_on_a_gpu_and_not_on_a_cpu(tmp_path):
+    def compiles(**settings):
+        trainer = tiny_trainer(tmp_path, Recorder(), **settings)
+        return any(isinstance(callback, Compilation) for callback in trainer.callbacks)
+
+    assert not compiles(compile="auto")
+    assert compiles(compile=True)
+    assert resolve_compile("auto", "gpu")
+    assert not resolve_compile(False, "gpu")
 
 
 def transformer(attention, layers: int) -> Transformer:
@@ -220,6 +236,7 @@ def test_a_gpu_that_is_not_there_is_one_sentence(tmp_path, no_gpu):
         ({"log_every": 0}, "got 0; set `trainer.log_every`"),
         ({"gradient_clip": 0.0}, "got 0.0; set `trainer.gradient_clip`"),
         ({"gradient_clip": float("nan")}, "got nan; set `trainer.gradient_clip`"),
+        ({"compile": "yes"}, "trainer.compile must be auto, true or false, got yes"),
         ({"devices": -1}, "trainer.devices must be auto or at least 1, got -1"),
         ({"accelerator": "tpu"}, "auto, cpu or gpu, got tpu"),
     ],

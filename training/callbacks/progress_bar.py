@@ -27,6 +27,7 @@ class ProgressBar(L.Callback):
     def __init__(self):
         self._open = ExitStack()  # the bar, and what sends log lines past it
         self._bar: tqdm | None = None
+        self._known = ""  # of the last step that was logged
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._measure = trainer.datamodule.measure
@@ -47,11 +48,14 @@ class ProgressBar(L.Callback):
         if trainer.global_step == self._step:
             return
         self._step = trainer.global_step
-        text = self._describe(trainer.callback_metrics)
+        logged = self._step % trainer.log_every_n_steps == 0
+        if logged:  # in any other step, a metric would be waited for
+            self._known = self._describe(trainer.callback_metrics)
+        text = f"{self._known}{tqdm.format_interval(self._seconds_left())} left"
         if self._bar is not None:
             self._bar.set_postfix_str(text, refresh=False)
             self._bar.update(100 * self._budget.progress - self._bar.n)
-        elif self._step % trainer.log_every_n_steps == 0:
+        elif logged:
             log.info("step %d · %.1f %% · %s", self._step, 100 * self._budget.progress, text)
 
     @rank_zero_only
@@ -76,15 +80,14 @@ class ProgressBar(L.Callback):
             (f"train/{self._measure}", f"{{:.4f}} {self._measure.replace('_', ' ')}"),
             ("tokens_per_second", "{:,.0f} tokens/s"),
         ]
-        left = f"{tqdm.format_interval(self._seconds_left())} left"
         known = _join(shown, metrics)
-        return f"{known} · {left}" if known else left
+        return f"{known} · " if known else ""
 
     def _seconds_left(self) -> int:
         progress, seconds = self._start
         done = self._budget.progress - progress
         spent = self._budget.clock.seconds - seconds
-        return math.ceil(spent * (1 - self._budget.progress) / done)
+        return math.ceil(spent * (1 - self._budget.progress) / done) if done else 0
 
 
 def _join(shown: list[tuple[str, str]], metrics: dict) -> str:

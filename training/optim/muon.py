@@ -2,9 +2,11 @@
 
 from collections import defaultdict
 from collections.abc import Callable
+from functools import partial
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, distributed
 from torch.optim import Muon
 
 
@@ -15,6 +17,11 @@ class BatchedMuon(Muon):
     512 torch's own spends 25 ms a step on launching, a quarter of the whole training step on an
     H200. Products are in bf16 on a GPU, as in torch's, and in float32 on a CPU, where bf16 is slow
     (30 times, on a 2-core AMD EPYC) and makes two processes drift apart from one.
+
+    A step changes nothing where ``found_inf``, a tensor that `torch.amp.GradScaler` or the training
+    loop sets, is not zero. Nothing waits for it. Where ``replicated`` is set, all processes hold
+    the same matrices and gradients: each orthogonalises its share of every shape and is given the
+    rest.
 
     Source:
         Jordan et al. 2024, kellerjordan.github.io/posts/muon.
@@ -29,6 +36,9 @@ class BatchedMuon(Muon):
             nesterov=True,
             adjust_lr_fn="original",  # lr is the spectral size of an update, whatever the shape
         )
+        self.replicated = False
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = True  # asks for ``found_inf``
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Tensor] | None = None) -> None:
@@ -48,15 +58,41 @@ class BatchedMuon(Muon):
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix.grad)
         grads = [matrix.grad for matrix in matrices]
         momenta = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
-        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
-        direction = orthogonalise(
-            torch.stack(nesterov), group["ns_coefficients"], group["ns_steps"], group["eps"]
-        )
         rows, columns = matrices[0].shape
         rate = group["lr"] * max(1, rows / columns) ** 0.5
-        torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-        torch._foreach_add_(matrices, direction.to(matrices[0].dtype).unbind(), alpha=-rate)
+        kept = 1 - group["lr"] * group["weight_decay"]
+        if self.found_inf is not None:
+            skipped = self.found_inf != 0
+            # A momentum that moves towards itself stays as it is, to the bit.
+            grads = torch.where(skipped, torch.stack(momenta), torch.stack(grads)).unbind()
+            rate, kept = torch.where(skipped, 0.0, rate), torch.where(skipped, 1.0, kept)
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        nesterov = torch._foreach_lerp(grads, momenta, group["momentum"])
+        method = partial(
+            orthogonalise,
+            coefficients=group["ns_coefficients"],
+            steps=group["ns_steps"],
+            eps=group["eps"],
+        )
+        whole = torch.stack(nesterov)
+        direction = in_shares(method, whole) if self.replicated else method(whole)
+        torch._foreach_mul_(matrices, kept)
+        torch._foreach_sub_(matrices, (direction.to(matrices[0].dtype) * rate).unbind())
+
+
+def in_shares(method: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """``method(x)`` of rows ``x (N, ...)`` that all processes have, each of which does its share.
+
+    It must map rows one by one, and zero to something finite.
+    """
+    processes = distributed.get_world_size()
+    share = -(-len(x) // processes)
+    first = distributed.get_rank() * share
+    padded = F.pad(x, (0, 0, 0, 0, 0, processes * share - len(x)))
+    own = method(padded[first : first + share]).contiguous()
+    found = own.new_empty(padded.shape)
+    distributed.all_gather_into_tensor(found, own)
+    return found[: len(x)]
 
 
 def orthogonalise(

@@ -70,10 +70,17 @@ class Combined(Optimizer):
 
     The parts see the very dictionaries ``param_groups`` and ``state`` of this object. Schedules,
     ``zero_grad``, ``state_dict`` and ``load_state_dict`` of the base class therefore just work.
+    Where all parts take ``found_inf`` (see `torch.amp.GradScaler`), so does this object; parts are
+    also told whether processes hold ``replicated`` parameters (`BatchedMuon`).
     """
 
     def __init__(self, *parts: Optimizer):
         self.parts = parts
+        self.replicated = False
+        self.found_inf: Tensor | None = None
+        self._step_supports_amp_scaling = all(
+            getattr(part, "_step_supports_amp_scaling", False) for part in parts
+        )
         super().__init__([group for part in parts for group in part.param_groups], defaults={})
         self._share()
 
@@ -89,6 +96,7 @@ class Combined(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for part in self.parts:
+            part.found_inf, part.replicated = self.found_inf, self.replicated
             part.step()
         return loss
 

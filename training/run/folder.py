@@ -23,7 +23,7 @@ log = logging.getLogger("strider")
 # How a run is launched, watched or continued does not make it another run.
 NOT_IN_ID = {
     "": ["paths", "logger", "resume", "run_id"],
-    "trainer": ["accelerator", "devices", "nodes", "strategy", "log_every"],
+    "trainer": ["accelerator", "devices", "nodes", "strategy", "log_every", "compile"],
     "data": ["workers"],
 }
 

@@ -4,7 +4,10 @@ import logging
 import time
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
+
+from training.run.agreement import Largest
 
 log = logging.getLogger("strider")
 
@@ -33,8 +36,8 @@ class Budget(L.Callback):
 
     Minutes are those of training alone: waiting for data and the first step's compilation count,
     validation, checkpoints and other callbacks do not. The task starts ``clock`` after the last
-    callback of a batch, and it is stopped here, in the first one of the next batch. `EndOfStep`
-    measures the progress.
+    callback of a batch, and it is stopped here, in the first one of the next batch; when a step is
+    logged, only after the device has finished it. `EndOfStep` measures the progress.
 
     Args:
         max_steps: optimizer steps, counted from the very first start; None: no such limit.
@@ -57,6 +60,8 @@ class Budget(L.Callback):
         self.max_minutes = max_minutes
         self.progress = 0.0  # share of the run that is done, in [0, 1]; the same on all ranks
         self.clock = Stopwatch()
+        self._largest = Largest()
+        self._logged = 0  # the last step that was waited for
 
     @staticmethod
     def of(trainer: L.Trainer) -> "Budget":
@@ -68,6 +73,7 @@ class Budget(L.Callback):
         return self.progress >= 1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._logged = trainer.global_step
         if self.max_minutes is not None:
             rank_zero_only(log.info)(
                 "the run is limited by minutes (trainer.max_minutes=%g), which depend on the "
@@ -75,7 +81,12 @@ class Budget(L.Callback):
                 self.max_minutes,
             )
 
-    def on_train_batch_end(self, *_) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        step, device = trainer.global_step, trainer.strategy.root_device
+        if step % trainer.log_every_n_steps == 0 and step != self._logged:
+            self._logged = step
+            if device.type == "cuda":  # logging would wait as well, but outside of the clock
+                torch.cuda.synchronize(device)
         self.clock.stop()
 
     def measure(self, trainer: L.Trainer) -> None:
@@ -84,10 +95,19 @@ class Budget(L.Callback):
         if self.max_steps is not None:
             shares.append(trainer.global_step / self.max_steps)
         if self.max_minutes is not None:  # every rank has its own clock; the first one's counts
-            seconds = trainer.strategy.broadcast(self.clock.seconds)
+            seconds = self.agree(
+                self._largest, trainer, self.clock.seconds if trainer.is_global_zero else 0
+            )
             shares.append(seconds / 60 / self.max_minutes)
         self.progress = min(1.0, max(shares))
         trainer.should_stop |= self.spent
+
+    def agree(self, largest: Largest, trainer: L.Trainer, number: float) -> float:
+        """What ``largest`` says of all processes' numbers; waiting for the devices is training."""
+        self.clock.start()
+        found = largest(trainer, number)
+        self.clock.stop()
+        return found
 
     def state_dict(self) -> dict[str, float]:
         return {"seconds": self.clock.seconds}

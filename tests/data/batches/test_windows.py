@@ -122,7 +122,7 @@ def test_every_validation_token_is_scored_exactly_once(documents, mode, length, 
     begins = np.isin(targets, starts)
     assert np.array_equal(inputs[scored], np.where(begins, START, targets - 1)[scored])
     assert len({len(order) for order in orders}) == 1
-    assert all(1 <= len(part) <= micro for order in orders for part in order)
+    assert all(len(part) == micro for order in orders for part in order)
 
 
 @given(documents=books, length=st.integers(1, 30), epoch=st.integers(0, 2))

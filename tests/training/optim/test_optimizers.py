@@ -8,7 +8,7 @@ import torch
 from torch.optim import AdamW, Muon
 
 from tests.support.tiny import TinyModel, rows
-from training.optim import optimizers
+from training.optim import muon, optimizers
 from training.optim.muon import BatchedMuon
 
 MUON = {"lr": 0.02, "momentum": 0.95, "weight_decay": 0.05}
@@ -82,6 +82,26 @@ def test_batched_muon_moves_every_matrix_as_torchs_muon_does(device):
     for index in states[0]:
         mine, other = (state[index]["momentum_buffer"] for state in states)
         torch.testing.assert_close(mine, other)
+
+
+@pytest.mark.parametrize("matrices", [1, 4, 5])
+def test_each_process_does_its_share_of_the_rows_and_gets_all(monkeypatch, matrices):
+    x, done = torch.randn(matrices, 3, 2), []
+
+    def share_of(rank, processes=3):
+        def keep(found, own):
+            done.append(own)
+            found.copy_(torch.full_like(found, rank))
+
+        monkeypatch.setattr(muon.distributed, "get_world_size", lambda: processes)
+        monkeypatch.setattr(muon.distributed, "get_rank", lambda: rank)
+        monkeypatch.setattr(muon.distributed, "all_gather_into_tensor", keep)
+        assert muon.in_shares(torch.neg, x).shape == x.shape
+
+    for rank in range(3):
+        share_of(rank)
+    assert len({own.shape for own in done}) == 1
+    assert torch.equal(torch.cat(done)[:matrices], -x)
 
 
 @pytest.mark.parametrize("make", MAKERS.values(), ids=MAKERS.keys())
