@@ -184,6 +184,7 @@ def test_mapped_outputs_are_those_of_a_loop(implementation, place):
     )
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("shared", [False, True])
 def test_gradients_by_sample_with_documents(implementation, place, shared):

@@ -74,6 +74,7 @@ def test_reference_shows_each_document_what_it_sees_alone(name, device):
     assert_exact(PATTERNS[name], LENGTHS, "reference", device, torch.float64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PATTERNS)
 def test_short_documents_are_exact(name, kernel_device):
     assert_exact(PATTERNS[name], LENGTHS, "fused", kernel_device)
@@ -94,11 +95,17 @@ def small_tiles(monkeypatch):
         cache.cache_clear()
 
 
-@pytest.mark.parametrize("name", PATTERNS)
+QUICK = ("window", "bigbird", "fixed", "strided-and-global")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in PATTERNS]
+)
 def test_long_documents_beside_short_ones_are_exact(name, small_tiles, kernel_device):
     assert_exact(PATTERNS[name], LENGTHS, "fused", kernel_device)
 
 
+@pytest.mark.slow
 def test_half_precision_takes_the_copy_engine_where_documents_begin_anywhere(
     small_tiles, kernel_device
 ):
