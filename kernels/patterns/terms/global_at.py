@@ -21,7 +21,7 @@ _TILE = 64  # tokens of a tile that kernels choose most often
 def global_at(*positions: int) -> Pattern:
     """Visible when ``i`` or ``j`` is one of ``positions``: global tokens anywhere in the sequence.
 
-    Kernels gather them, so that they cost what as many neighbours do, however far apart they stand;
+    Kernels gather them, so that they visit as few tiles as neighbours would, wherever they stand;
     beside other documents in a row, every tile is visited that a token's row or column meets.
 
     Raises:
